@@ -1,0 +1,3 @@
+//! The `forge` program.
+
+fn main() {}
