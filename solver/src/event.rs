@@ -97,6 +97,11 @@ impl Events {
         (self.0)(Event { step: step.clone(), time: SystemTime::now(), kind });
     }
 
+    /// Passes an event on as it is.
+    pub fn forward(&self, event: Event) {
+        (self.0)(event);
+    }
+
     /// Runs `work` as a step of its own: `Started` before, `Finished` after, whatever it returns.
     pub async fn step<T, E: std::fmt::Display>(
         &self,

@@ -1,10 +1,21 @@
 //! Graph to snapshots.
 //!
-//! [`graph`] is the input, [`event`] the talk on the way. The solver names neither Dockerfiles nor registries nor
-//! namespaces: it owns two one-method traits, [`Executor`] and [`Fetcher`], that the program implements.
+//! [`graph`] is the input, [`event`] the talk on the way; [`context`] turns files into digests, [`key`] says what makes
+//! two steps the same, [`cache`] remembers, [`solve`] brings it all about. The solver names
+//! neither Dockerfiles nor registries nor namespaces: it owns two one-method traits, [`Executor`] and [`Fetcher`],
+//! that the program implements.
 
+pub mod cache;
+pub mod context;
 pub mod event;
+mod execute;
 pub mod graph;
+pub mod key;
+pub mod pattern;
+pub mod solve;
+
+pub use execute::{Chmod, CopyError, InvalidMode};
+pub use solve::{Fresh, Options, SolveError, Solver, StepError};
 
 use std::path::PathBuf;
 
@@ -98,17 +109,3 @@ pub enum Fetched {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct FetchError(pub String);
-
-/// Files selected from a directory, and their Merkle digest.
-pub mod context {
-    use std::path::PathBuf;
-
-    use crate::graph::Digest;
-
-    /// Files below `root` as they were when they were hashed.
-    #[derive(Debug)]
-    pub struct Tree {
-        pub root: PathBuf,
-        pub digest: Digest,
-    }
-}
