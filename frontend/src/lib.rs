@@ -6,6 +6,23 @@
 //! The world is seen through [`Sources`] alone: it turns names into digests. So a [`Plan`] holds digests, never tags,
 //! and planning twice over the same answers gives the same plan.
 
+pub mod diagnostic;
+mod duration;
+pub mod expand;
+mod flag;
+pub mod ignore;
+pub mod instruction;
+pub mod lex;
+pub mod lint;
+mod parse;
+mod path;
+mod plan;
+
+pub use diagnostic::{Diagnostic, Severity, Span};
+pub use instruction::Dockerfile;
+pub use parse::{INSTRUCTIONS, parse};
+pub use plan::plan;
+
 use std::collections::BTreeMap;
 
 use forge_solver::graph::image::{ImageConfig, Platform, Reference};
@@ -119,6 +136,8 @@ pub struct Plan {
     pub graph: Graph,
     /// One per platform, in the order asked for.
     pub images: Vec<PlannedImage>,
+    /// What planning found that is allowed and yet probably not meant; parsing has found its own.
+    pub warnings: Vec<Diagnostic>,
 }
 
 #[derive(Clone, Debug)]

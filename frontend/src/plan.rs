@@ -1,0 +1,197 @@
+//! The tree to a [`Plan`]: which stages are needed, what they consist of, and the graph of it.
+//!
+//! ```text
+//! for each platform:  global ARGs ─> stages and what they need ─> base images (asked together) ─> evaluate each stage
+//! then for all:       contexts and remotes (asked together) ─> nodes, labels, history
+//! ```
+//! A stage that the target does not need is never evaluated and nothing is asked for it.
+
+mod config;
+mod copy;
+mod git;
+mod mount;
+mod run;
+pub(crate) mod scope;
+mod stage;
+mod state;
+mod text;
+mod write;
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+
+use forge_solver::graph::image::Platform;
+use futures_util::future::join_all;
+
+use crate::diagnostic::{Diagnostic, Span};
+use crate::instruction::{Dockerfile, Kind};
+use crate::{Plan, Request, Sources};
+use scope::Variables;
+use stage::{Origin, Stages};
+use state::{Evaluated, Shared};
+
+/// Decides all that a build will do; asks [`Sources`] for every digest it needs, together where it can.
+///
+/// Warnings come back in [`Plan::warnings`]; any error means that there is no plan.
+pub async fn plan(file: &Dockerfile, request: &Request, sources: &impl Sources) -> Result<Plan, Vec<Diagnostic>> {
+    let targets = match request.platforms.as_slice() {
+        [] => vec![request.build_platform.clone()],
+        platforms => platforms.to_vec(),
+    };
+    let evaluated = join_all(targets.iter().map(|target| one_platform(file, request, target, sources))).await;
+    let mut platforms = Vec::new();
+    let mut errors = Vec::new();
+    for result in evaluated {
+        match result {
+            Ok(platform) => platforms.push(platform),
+            Err(found) => errors.extend(found.into_iter().filter(|error| !errors.contains(error)).collect::<Vec<_>>()),
+        }
+    }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let mut warnings = unused_build_args(file, request);
+    for warning in platforms.iter().flat_map(|platform| &platform.warnings) {
+        if !warnings.contains(warning) {
+            warnings.push(warning.clone());
+        }
+    }
+    if warnings.iter().any(Diagnostic::is_error) {
+        return Err(warnings);
+    }
+    let answers = write::Answers::ask(&platforms, sources).await?;
+    Ok(write::plan(file, request, platforms, &answers, warnings))
+}
+
+/// All stages of one platform, evaluated.
+pub(crate) struct Evaluation<'a> {
+    pub globals: Variables,
+    pub target_platform: Platform,
+    pub stages: Stages<'a>,
+    pub target: usize,
+    /// Needs before what needs them.
+    pub order: Vec<usize>,
+    /// By state; `None` where the target does not need it.
+    pub evaluated: Vec<Option<Evaluated>>,
+    pub warnings: Vec<Diagnostic>,
+}
+
+async fn one_platform<'a>(
+    file: &'a Dockerfile,
+    request: &'a Request,
+    target_platform: &Platform,
+    sources: &impl Sources,
+) -> Result<Evaluation<'a>, Vec<Diagnostic>> {
+    let last = file.stages.last().and_then(|stage| stage.name()).unwrap_or_default();
+    let target_name = request.target.clone().filter(|name| !name.is_empty()).unwrap_or(last);
+    let arguments =
+        scope::platform_arguments(&request.build_platform, target_platform, &target_name, &request.build_args);
+    let globals = scope::globals(file, arguments, &request.build_args).map_err(|error| vec![error])?;
+    let mut warnings = Vec::new();
+    let mut stages = Stages::new(file, request, target_platform, &globals, &mut warnings)?;
+    let target = stages.target()?;
+    let order = stages.resolve(target, sources).await?;
+    let mut evaluation = Evaluation {
+        globals,
+        target_platform: target_platform.clone(),
+        evaluated: vec![None; stages.states.len()],
+        stages,
+        target,
+        order,
+        warnings,
+    };
+    evaluation.evaluate(file, request)?;
+    Ok(evaluation)
+}
+
+impl<'a> Evaluation<'a> {
+    fn evaluate(&mut self, file: &'a Dockerfile, request: &'a Request) -> Result<(), Vec<Diagnostic>> {
+        let mut evaluated = std::mem::take(&mut self.evaluated);
+        let mut errors = Vec::new();
+        let mut found = Vec::new();
+        let shared = self.shared(file, request);
+        for &index in &self.order {
+            let state = &shared.stages.states[index];
+            let parent = match state.origin {
+                // A parent that failed has said why.
+                Origin::State(parent) if evaluated[parent].is_none() => continue,
+                Origin::State(parent) => evaluated[parent].as_ref(),
+                _ => None,
+            };
+            match state::evaluate(&shared, state, parent) {
+                Ok((done, warnings)) => {
+                    evaluated[index] = Some(done);
+                    found.extend(warnings);
+                }
+                Err(more) => errors.extend(more),
+            }
+        }
+        self.evaluated = evaluated;
+        self.warnings.extend(found);
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    /// Whether a state is wanted as a whole: of a named context that is files, steps read just what they name.
+    pub(crate) fn is_root(&self, index: usize) -> bool {
+        let states = &self.stages.states;
+        let files = matches!(states[index].origin, Origin::Files(_)) && states[index].instructions().next().is_none();
+        !files || index == self.target || self.order.iter().any(|child| states[*child].origin == Origin::State(index))
+    }
+
+    pub(crate) fn shared<'b>(&'b self, file: &'b Dockerfile, request: &'b Request) -> Shared<'b>
+    where
+        'a: 'b,
+    {
+        Shared {
+            file,
+            request,
+            stages: &self.stages,
+            globals: &self.globals,
+            target_platform: &self.target_platform,
+            implicit: request.platforms.is_empty(),
+            multi: request.platforms.len() > 1,
+            ignored: copy::ignored(&request.ignore),
+            held_bytes: Cell::new(0),
+        }
+    }
+}
+
+/// `--build-arg`s that nothing in the file declares.
+fn unused_build_args(file: &Dockerfile, request: &Request) -> Vec<Diagnostic> {
+    let mut known: BTreeSet<&str> = BTreeSet::new();
+    let stages = file.stages.iter().flat_map(|stage| &stage.instructions);
+    for instruction in file.globals.iter().chain(stages) {
+        if let Kind::Arg(arguments) = &instruction.kind {
+            known.extend(arguments.iter().map(|argument| argument.key.text.as_str()));
+        }
+    }
+    let built_in = |name: &str| {
+        let platform = name.strip_prefix("BUILD").or_else(|| name.strip_prefix("TARGET"));
+        name.starts_with("BUILDKIT_")
+            || name == "SOURCE_DATE_EPOCH"
+            || run::PROXIES.contains(&name.to_uppercase().as_str())
+            || platform
+                .is_some_and(|rest| matches!(rest, "PLATFORM" | "OS" | "OSVERSION" | "ARCH" | "VARIANT" | "STAGE"))
+    };
+    let unused = request.build_args.keys().filter(|name| !known.contains(name.as_str()) && !built_in(name));
+    let unused: Vec<&str> = unused.map(String::as_str).collect();
+    if unused.is_empty() {
+        return Vec::new();
+    }
+    let message = format!("[Warning] One or more build-args [{}] were not consumed", unused.join(" "));
+    let warning = Diagnostic::warning(Span::default(), message);
+    let near = unused.iter().find_map(|name| crate::diagnostic::nearest(name, known.iter().copied()));
+    vec![match near {
+        Some(near) => warning.hint(format!("did you mean `{near}`?")),
+        None => warning.hint("declare them with ARG in the stage that uses them"),
+    }]
+}
+
+/// What Go's `strconv.ParseBool` takes.
+pub(crate) fn parse_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
