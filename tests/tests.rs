@@ -9,6 +9,7 @@ mod support;
 mod bad_input;
 mod build;
 mod container;
+mod escape;
 mod images;
 mod kill;
 mod layout;

@@ -3,15 +3,16 @@
 //! The order matters: what needs the machine's files or privileges comes before the root is entered or they are given up.
 //! 1. v1 cgroups, network, cgroup namespace, host name
 //! 2. mounts, and out of the machine's tree
-//! 3. session, streams, limits, who to be, working directory
-//! 4. bounding set, system call filter (which needs `SYS_ADMIN` or no-new-privileges), ids, capabilities
-//! 5. exec, of all that `PATH` offers the first that is there
+//! 3. session, streams; every other descriptor is closed: from here on no path of the image can lead through one
+//! 4. who to be, limits, working directory
+//! 5. bounding set, system call filter (which needs `SYS_ADMIN` or no-new-privileges), ids, capabilities
+//! 6. exec, of all that `PATH` offers the first that is there
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -74,8 +75,10 @@ fn begin(start: &Start<'_>) -> Result<Infallible> {
     let terminal = mounts::enter(container, start.machine, &view, wants_terminal)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rustix::process::setsid().step("start a session")?;
+    connect(start, terminal)?;
+    close_others(&start.report)?;
     let account = account::resolve(&container.user)?;
-    connect(start, terminal, &account)?;
+    give_streams(start, &account)?;
     set_limits(&container.limits.ulimits)?;
     std::env::set_current_dir(&container.cwd).step(format!("enter the working directory {}", container.cwd))?;
     give_up_privileges(start, &account)?;
@@ -110,8 +113,7 @@ pub fn default_signals() {
     }
 }
 
-/// Streams of the container's own belong to its user, so that it can open `/dev/stdout`.
-fn connect(start: &Start<'_>, terminal: Option<Terminal>, account: &Account) -> Result<()> {
+fn connect(start: &Start<'_>, terminal: Option<Terminal>) -> Result<()> {
     let streams: Vec<&OwnedFd> = match &terminal {
         Some(terminal) => vec![&terminal.slave; 3],
         None => start.stdio.iter().collect(),
@@ -128,12 +130,34 @@ fn connect(start: &Start<'_>, terminal: Option<Terminal>, account: &Account) -> 
     }
     nix::unistd::dup2_stdin(input).step("connect standard input")?;
     nix::unistd::dup2_stdout(output).step("connect standard output")?;
-    nix::unistd::dup2_stderr(error).step("connect standard error")?;
+    nix::unistd::dup2_stderr(error).step("connect standard error")
+}
+
+/// Closes all but the streams and the report. A directory of the machine that is still open is a way back to it, by
+/// `/proc/self/fd/N/../..` as working directory, as program or behind a link of the image (CVE-2024-21626).
+#[expect(unsafe_code, reason = "close_range has no safe form")]
+fn close_others(report: &OwnedFd) -> Result<()> {
+    let report = report.as_raw_fd().unsigned_abs();
+    for (first, last) in [(3, report - 1), (report + 1, libc::c_uint::MAX)] {
+        if first > last {
+            continue;
+        }
+        // SAFETY: whoever owns these descriptors is in frames that this process never returns to (see `exit`).
+        let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        Errno::result(closed).step("close descriptors")?;
+    }
+    Ok(())
+}
+
+/// Streams of the container's own belong to its user, so that it can open `/dev/stdout`.
+fn give_streams(start: &Start<'_>, account: &Account) -> Result<()> {
     if start.streams == Streams::Borrowed || account.uid == 0 || start.machine.single_id {
         return Ok(());
     }
-    for stream in [input, output, error] {
-        if rustix::fs::fstat(stream).step("look at a stream")?.st_rdev != 0 && terminal.is_none() {
+    let is_terminal = matches!(start.streams, Streams::Terminal { .. });
+    let (input, output, error) = (io::stdin(), io::stdout(), io::stderr());
+    for stream in [input.as_fd(), output.as_fd(), error.as_fd()] {
+        if rustix::fs::fstat(stream).step("look at a stream")?.st_rdev != 0 && !is_terminal {
             continue; // /dev/null is everybody's
         }
         match rustix::fs::fchown(stream, Some(Uid::from_raw(account.uid)), None) {
@@ -209,7 +233,7 @@ fn give_up_privileges(start: &Start<'_>, account: &Account) -> Result<()> {
     let unmapped = "the id is not mapped: give this user larger ranges in /etc/subuid and /etc/subgid";
     nix::unistd::setresgid(gid, gid, gid).step(format!("become group {gid}")).hint(libc::EINVAL, unmapped)?;
     nix::unistd::setresuid(uid, uid, uid).step(format!("become user {uid}")).hint(libc::EINVAL, unmapped)?;
-    if account.uid == 0 && container.privileges != Privileges::All {
+    if container.privileges != Privileges::All {
         hold(capabilities)?;
     }
     // Last, because a change of ids clears it: a container does not outlive the helper.
@@ -234,7 +258,7 @@ fn bound(capabilities: Set) -> Result<()> {
     Ok(())
 }
 
-/// Exactly these, permitted and effective; none to inherit, as docker since 20.10.14.
+/// Of what a user has (who is not root has nothing) exactly these; none to inherit, as docker since 20.10.14.
 #[expect(unsafe_code, reason = "capset has no safe form for capabilities of kernels to come")]
 fn hold(capabilities: Set) -> Result<()> {
     const VERSION_3: u32 = 0x2008_0522;
@@ -303,7 +327,6 @@ fn execute(args: &[String], environment: &[(String, String)]) -> Result<Infallib
         .iter()
         .map(|(name, value)| text("the environment", format!("{name}={value}")))
         .collect::<Result<_>>()?;
-    close_on_exec()?;
     let path = environment.iter().find(|(name, _)| name == "PATH").map_or(PATH, |(_, path)| path);
     let mut refused = None;
     for candidate in candidates(program, path) {
@@ -323,14 +346,6 @@ fn execute(args: &[String], environment: &[(String, String)]) -> Result<Infallib
         }
         None => Failure::NotFound { program: program.clone(), reason: "executable file not found in $PATH".to_owned() },
     })
-}
-
-/// Every descriptor but the three streams goes at the exec; the report's end is how forge learns of it.
-#[expect(unsafe_code, reason = "close_range has no safe form")]
-fn close_on_exec() -> Result<()> {
-    // SAFETY: marks descriptors, closes none, touches no memory.
-    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    Errno::result(marked).map(drop).step("close descriptors")
 }
 
 fn candidates(program: &str, path: &str) -> Vec<PathBuf> {

@@ -13,6 +13,8 @@ use super::spec::{Result, Step};
 /// number, because process 1 cannot be killed by its own.
 #[expect(unsafe_code, reason = "fork has no safe form")]
 pub fn fork() -> Result<()> {
+    // Its executable is the machine's own forge: `/proc/1/exe` is not for the program to open (CVE-2019-5736).
+    nix::sys::prctl::set_dumpable(false).step("hide forge from the program")?;
     let all = SigSet::all();
     all.thread_block().step("block signals")?;
     // SAFETY: this process has one thread.
