@@ -12,6 +12,26 @@ fn env_with(lines: &str) -> TestEnv {
     env
 }
 
+/// A container's root may make device nodes, as docker's may. Opened, one would be the machine's disk.
+#[test]
+fn device_nodes_are_opened_in_dev_alone() {
+    let env = env_with("RUN mknod /made c 1 5 && ! head -c 1 /made\n");
+    let bind = format!("{}:/bind", env.work().display());
+    let volumes = ["-v", &bind, "-v", "data:/volume", "--tmpfs", "/memory"];
+    let run = |flags: &[&str], script: &str| {
+        env.forge(&[&["run", "--rm", "--network=none"], &volumes[..], flags, &["app", "sh", "-c", script]].concat())
+    };
+    for place in ["/", "/dev/", "/dev/shm/", "/bind/", "/volume/", "/memory/", "/tmp/"] {
+        run(&[], &format!("mknod {place}node c 1 5 && ! head -c 1 {place}node")).ok();
+    }
+    run(&[], "head -c 1 /made").fails(1);
+    run(&[], "head -c 1 /dev/zero /dev/random /dev/urandom /dev/full >/dev/null </dev/null").ok();
+    run(&[], "chmod 600 /dev/null").ok();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata("/dev/null").expect("null").permissions());
+    assert_eq!(mode & 0o777, 0o666, "the machine's own /dev/null has changed");
+    run(&["--privileged"], "mknod /n c 1 5 && head -c 1 /n >/dev/null && mknod /dev/n c 1 5 && head -c 1 /dev/n").ok();
+}
+
 /// CVE-2024-21626: a directory that was open while the container was set up is a way back to the machine's files.
 #[test]
 fn no_descriptor_of_the_set_up_leads_anywhere() {

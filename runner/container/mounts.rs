@@ -114,18 +114,25 @@ pub fn enter(container: &Container, machine: &Machine, cgroup: &View, terminal: 
     let detached = Detached::make(container, machine, cgroup)?;
     let root = pivot(&container.root)?;
     let devices = detached.attach(&root)?;
+    if sandboxed(container) {
+        detached.close_devices(&root)?;
+    }
     let terminal = match terminal {
         true => Some(open_terminal(&detached.pts, &devices)?),
         false => None,
     };
     attach_files(container, machine, &root, &detached.sources)?;
-    if matches!(container.privileges, Privileges::Default { .. }) {
+    if sandboxed(container) {
         detached.mask(machine, &devices)?;
     }
     if container.readonly_root {
         set_attributes(&root, READONLY, Depth::One).step("make the root read-only")?;
     }
     Ok(terminal)
+}
+
+fn sandboxed(container: &Container) -> bool {
+    matches!(container.privileges, Privileges::Default { .. })
 }
 
 /// File systems and parts of the machine's that are attached nowhere yet. All are taken while the machine's root is still
@@ -167,7 +174,7 @@ impl Detached {
             sys,
             cgroup,
             controllers,
-            sources: container.mounts.iter().map(source).collect::<Result<_>>()?,
+            sources: container.mounts.iter().map(|mount| source(container, mount)).collect::<Result<_>>()?,
         })
     }
 
@@ -195,6 +202,22 @@ impl Detached {
             move_to(node, &file).step(format!("mount /dev/{name}"))?;
         }
         self.dev.try_clone().step("keep /dev")
+    }
+
+    /// Leaves no place where a device node that was made, or came in an image, can be opened: root may make them, and one
+    /// opened would be the machine's disk. The nodes of `/dev` become mounts of their own, so that it can be closed as well.
+    /// (docker has the devices cgroup for this, which not everybody who starts a container may set.)
+    fn close_devices(&self, root: &OwnedFd) -> Result<()> {
+        for (name, ..) in DEVICES.iter().filter(|(name, ..)| !self.nodes.iter().any(|(bound, _)| bound == name)) {
+            let step = || format!("mount /dev/{name}");
+            let node = open_tree(&self.dev, *name, CLONE).step(step())?;
+            let place = openat(&self.dev, *name, PATH_ONLY, Mode::empty()).step(step())?;
+            move_to(&node, &place).step(step())?;
+        }
+        for (mount, path) in [(&self.dev, "/dev"), (root, "/")] {
+            set_attributes(mount, NODEV, Depth::One).step(format!("close {path} to devices"))?;
+        }
+        Ok(())
     }
 
     fn mask(&self, machine: &Machine, devices: &OwnedFd) -> Result<()> {
@@ -308,7 +331,7 @@ fn machine_nodes() -> Result<Vec<(&'static str, OwnedFd)>> {
     DEVICES.iter().map(node).collect()
 }
 
-fn source(mount: &ContainerMount) -> Result<Option<OwnedFd>> {
+fn source(container: &Container, mount: &ContainerMount) -> Result<Option<OwnedFd>> {
     let tree = match &mount.source {
         MountSource::File { .. } => return Ok(None),
         MountSource::Tmpfs { size_bytes, mode } => {
@@ -320,9 +343,9 @@ fn source(mount: &ContainerMount) -> Result<Option<OwnedFd>> {
             mount.target
         ))?,
     };
-    if mount.readonly {
-        set_attributes(&tree, READONLY, Depth::All).step(format!("make {} read-only", mount.target))?;
-    }
+    let devices = if sandboxed(container) { NODEV } else { MountAttrFlags::empty() };
+    let attributes = if mount.readonly { devices | READONLY } else { devices };
+    set_attributes(&tree, attributes, Depth::All).step(format!("restrict {}", mount.target))?;
     Ok(Some(tree))
 }
 
