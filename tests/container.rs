@@ -507,6 +507,17 @@ async fn containers_end_with_a_helper_that_is_killed_and_the_next_one_cleans_up(
     assert_eq!(groups(), 0);
 }
 
+/// CVE-2019-5736: what a container can get hold of by `/proc/self/exe` as its program.
+#[tokio::test]
+async fn the_helper_s_executable_is_not_for_writing() {
+    let Some(root) = Root::new() else { return };
+    let helper = helper();
+    let running = helper.run(&root.shell("sleep 1000"), Namespace::Private, Stdio::Null).await.unwrap();
+    let executable = format!("/proc/{}/exe", parent_of(running.pid()));
+    let mount = rustix::fs::statvfs(executable).unwrap();
+    assert!(mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY));
+}
+
 #[tokio::test]
 async fn an_init_passes_signals_on_and_codes_back() {
     let Some(root) = Root::new() else { return };

@@ -1,13 +1,15 @@
 //! Forge's side of the container helper: starting it, and holding a container that it runs.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use forge_solver::{ExecuteError, ExitStatus};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, memfd_create};
+use rustix::fs::{CWD, MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, fstat, memfd_create, stat};
+use rustix::mount::{MountAttrFlags, OpenTreeFlags, open_tree};
 use rustix::net::Shutdown;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
@@ -15,6 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
 use super::channel::{self, Ended, FromContainer, FromHelper, Launch, Status, Streams};
+use super::mounts::{Depth, set_attributes};
 use super::spec::{Container, Stdio};
 use crate::network::Namespace;
 
@@ -37,8 +40,11 @@ impl Helper {
     pub fn start_with(program: &Path) -> Result<Helper, ExecuteError> {
         let setup = |source| ExecuteError::Setup { step: "start the container helper".to_owned(), source };
         let (ours, theirs) = channel::pair().map_err(setup)?;
-        let mut command = Command::new(program);
-        command.arg(HELPER_ARGUMENT).stdin(theirs).stdout(std::process::Stdio::null());
+        // Where it cannot be had, the kernel's word stands that what is being executed is not written to.
+        let protected = read_only(program).ok();
+        let name = protected.as_ref().map(|file| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())));
+        let mut command = Command::new(name.as_deref().unwrap_or(program));
+        command.arg0("forge").arg(HELPER_ARGUMENT).stdin(theirs).stdout(std::process::Stdio::null());
         let process = command.spawn().map_err(setup)?;
         let control = nonblocking(ours).map_err(setup)?;
         Ok(Helper { control: Some(control), process })
@@ -70,6 +76,21 @@ impl Helper {
         Running { lifeline, pid: 0, stdin: ours.stdin, stdout: ours.stdout, stderr: ours.stderr, terminal: None }
             .started(nonblocking(report).map_err(setup)?)
             .await
+    }
+}
+
+/// The program on a read-only mount of its own. A container gets hold of its helper's executable, which is the machine's
+/// forge, by making `/proc/self/exe` its program, and could write to it once nobody executes it (CVE-2019-5736).
+fn read_only(program: &Path) -> io::Result<OwnedFd> {
+    // By its name: the link itself leads into the mount namespace that forge was started in, where nothing can be cloned.
+    let path = std::fs::canonicalize(program)?;
+    let tree = open_tree(CWD, &path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    set_attributes(&tree, MountAttrFlags::MOUNT_ATTR_RDONLY, Depth::One)?;
+    let (named, running) = (fstat(&tree)?, stat(program)?);
+    // Forge may have been replaced by a newer one since it was started.
+    match (named.st_dev, named.st_ino) == (running.st_dev, running.st_ino) {
+        true => Ok(tree),
+        false => Err(io::ErrorKind::NotFound.into()),
     }
 }
 

@@ -494,13 +494,14 @@ fn file_system(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags)
 }
 
 #[derive(Clone, Copy)]
-enum Depth {
+pub enum Depth {
     One,
     All,
 }
 
+/// Adds these to what a mount has.
 #[expect(unsafe_code, reason = "mount_setattr has no safe form")]
-fn set_attributes(mount: &OwnedFd, set: MountAttrFlags, depth: Depth) -> io::Result<()> {
+pub fn set_attributes(mount: &OwnedFd, set: MountAttrFlags, depth: Depth) -> io::Result<()> {
     /// The kernel's `struct mount_attr`, version 0 (Linux 5.12).
     #[repr(C)]
     #[derive(Default)]
