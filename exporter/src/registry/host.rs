@@ -36,7 +36,10 @@ pub(super) fn base_urls(host: &str, plain: bool, insecure: bool) -> Vec<Url> {
 
 pub(super) fn is_loopback(url: &Url) -> bool {
     match url.host() {
-        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(Host::Domain(name)) => {
+            let name = name.strip_suffix('.').unwrap_or(name);
+            name == "localhost" || name.ends_with(".localhost")
+        }
         Some(Host::Ipv4(address)) => address.is_loopback(),
         Some(Host::Ipv6(address)) => address.is_loopback() || address.to_ipv4_mapped().is_some_and(|a| a.is_loopback()),
         None => false,
@@ -162,6 +165,8 @@ mod tests {
             (base, "https://169.254.169.254/latest", None),
             (base, "https://127.0.0.1/x", None),
             (base, "https://localhost/x", None),
+            (base, "https://localhost./x", None),
+            (base, "https://2130706433/x", None),
             (base, "https://[::ffff:10.0.0.1]/x", None),
             ("http://127.0.0.1:5000/v2/", "http://127.0.0.1:6000/x", Some("http://127.0.0.1:6000/x")),
             ("http://127.0.0.1:5000/v2/", "http://169.254.1.1/x", None),

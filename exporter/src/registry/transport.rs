@@ -3,8 +3,8 @@
 //! - Blob bodies travel over HTTP/1.1: an HTTP/2 server's flow-control window caps an upload, and parallel downloads on one
 //!   connection share its congestion window. Everything else may use HTTP/2.
 //! - The TLS settings of a host hold wherever we meet it: as registry, token server or target of a redirect.
-//! - Redirects are followed by hand: `Authorization` stays with its origin, and an answer never leads from https to http
-//!   or to an address nearer to us than its sender ([`super::host::may_lead`]).
+//! - Redirects are followed by hand: `Authorization` stays with its origin, as does a form, and an answer never leads from
+//!   https to http or to an address nearer to us than its sender ([`super::host::may_lead`]).
 //! - No cookies, no transparent decompression: bytes arrive as they are stored.
 
 use std::collections::{HashMap, HashSet};
@@ -180,6 +180,10 @@ impl Transport {
             let next = resolve_location(&url, location).map_err(refused)?;
             if next.origin() != url.origin() {
                 authorization = None;
+                // The one body that is posted is a token server's form, with the password in it.
+                if request.method == Method::POST && request.payload.length() > 0 {
+                    return Err(refused("it leads to another host, which is not told who we are".to_owned()).into());
+                }
             }
             url = next;
         }

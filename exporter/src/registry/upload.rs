@@ -232,6 +232,6 @@ async fn received(repository: &Repository, location: &Url) -> Option<(Url, u64)>
     let range = response.headers().get(RANGE)?.to_str().ok()?;
     let end: u64 = range.trim_start_matches("bytes=").split_once('-')?.1.parse().ok()?;
     // `0-0` means both nothing and one byte; one byte sent twice is the lesser evil, refused by its digest.
-    let offset = if end == 0 { 0 } else { end + 1 };
+    let offset = if end == 0 { 0 } else { end.checked_add(1)? };
     Some((self::location(&response).unwrap_or_else(|_| location.clone()), offset))
 }

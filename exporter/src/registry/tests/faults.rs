@@ -129,6 +129,30 @@ async fn what_a_server_refuses_is_said_without_secrets() {
 }
 
 #[tokio::test]
+async fn a_redirect_takes_no_password_to_another_host() {
+    for status in [307, 308] {
+        let other = Server::start(|_, _| Some(Reply::new(200).body(r#"{"token":"T1"}"#))).await;
+        let target = format!("http://{}/token", other.host());
+        let server = Server::start(move |received, _| {
+            let realm = format!(r#"Bearer realm="http://{}/token""#, received.header("host"));
+            match received.method.as_str() {
+                "GET" if received.target.starts_with("/token") => Some(Reply::new(405)),
+                "POST" => Some(Reply::new(status).header("location", target.clone())),
+                _ => Some(Reply::new(401).header("www-authenticate", realm)),
+            }
+        })
+        .await;
+        for credentials in [Credentials::password("forge", "SECRET"), Credentials::Identity(Secret::new("SECRET"))] {
+            let credentials = vec![(server.host(), credentials)];
+            let repository = server.repository(ClientOptions { credentials, tries: 1, ..ClientOptions::default() });
+            repository.resolve("v1").await.unwrap_err();
+        }
+        assert!(server.count("POST", "/token") > 0);
+        assert_eq!(other.log().len(), 0, "{:?}", other.log());
+    }
+}
+
+#[tokio::test]
 async fn a_403_in_the_middle_is_not_the_last_word() {
     for (at, survives) in [(1, false), (2, true), (3, true), (4, true)] {
         let server = Server::start(move |received, _| match received.header("authorization") {
@@ -283,6 +307,24 @@ async fn a_piece_that_arrived_is_not_sent_twice() {
     let digest = Digest::of(&bytes);
     upload::in_pieces(&repository, &digest, &payload::Payload::Bytes(bytes.into()), 100_000).await.unwrap();
     assert_eq!(server.count("PATCH", ""), 3);
+}
+
+/// How far a session has come is the server's word.
+#[tokio::test]
+async fn a_session_that_is_impossibly_far_is_not_resumed() {
+    let bytes = noise(200_000);
+    let server = Server::start(move |received, _| match received.method.as_str() {
+        "PUT" if !received.body.is_empty() => Some(Reply::new(413)),
+        "PATCH" => Some(Reply::new(503)),
+        "GET" if received.target.contains("/uploads/") => {
+            Some(Reply::new(204).header("location", received.target.clone()).header("range", format!("0-{}", u64::MAX)))
+        }
+        _ => None,
+    })
+    .await;
+    let options = ClientOptions { tries: 1, upload_chunk_bytes: 100_000, ..ClientOptions::default() };
+    push(&server.repository(options), &bytes).await.unwrap_err();
+    assert!(server.count("GET", "/uploads/") > 0);
 }
 
 #[tokio::test]
