@@ -77,6 +77,11 @@ impl<'a> Catalog<'a> {
 
     /// Adds an image. Of one that is there already, a manifest or root that it had is kept where `image` has none.
     pub fn put(&self, image: &StoredImage) -> Result<()> {
+        let platform = image.platform.to_string();
+        // Configurations come from anywhere, and a row that cannot be read would spoil every list of images.
+        if let Err(error) = platform.parse::<Platform>() {
+            return Err(Error::Record { what: format!("configuration {}", image.id), reason: error.to_string() });
+        }
         let sql = "INSERT INTO images (id, manifest, platform, root, created, used)
             VALUES (:id, :manifest, :platform, :root, :created, :now)
             ON CONFLICT (id) DO UPDATE SET manifest = coalesce(excluded.manifest, manifest),
@@ -86,7 +91,7 @@ impl<'a> Catalog<'a> {
             connection.prepare_cached(sql)?.execute(named_params! {
                 ":id": image.id.as_str(),
                 ":manifest": image.manifest.as_ref().map(Digest::as_str),
-                ":platform": image.platform.to_string(),
+                ":platform": platform,
                 ":root": image.root.as_ref().map(|root| root.0.as_str()),
                 ":created": image.created,
                 ":now": now(),
@@ -408,6 +413,19 @@ mod tests {
         assert_eq!(catalog.images().unwrap().len(), 2);
         let unknown = catalog.tag(&name("app"), &[new.id], None);
         assert!(matches!(unknown, Err(Error::UnknownImage { .. })));
+    }
+
+    #[test]
+    fn a_platform_that_is_none_is_refused_and_spoils_nothing() {
+        let (_directory, store) = store();
+        let catalog = store.catalog();
+        for (os, architecture) in [("", ""), ("linux", ""), ("linux/", "amd64"), ("li nux", "amd64"), ("\n", "x")] {
+            let platform = Platform::new(os, architecture, None);
+            let refused = catalog.put(&StoredImage { platform, ..image("bad", "linux/amd64") });
+            assert!(matches!(refused, Err(Error::Record { .. })), "{os:?} {architecture:?}");
+        }
+        catalog.put(&image("good", "linux/amd64")).unwrap();
+        assert_eq!(catalog.images().unwrap().len(), 1);
     }
 
     #[test]

@@ -313,8 +313,12 @@ pub struct ImageConfig {
 }
 
 impl ImageConfig {
+    /// Where it runs; what it does not say is taken for this machine's, as docker does.
     pub fn platform(&self) -> Platform {
-        Platform::new(&self.os, &self.architecture, self.variant.as_deref())
+        let host = Platform::host();
+        let os = if self.os.is_empty() { &host.os } else { &self.os };
+        let architecture = if self.architecture.is_empty() { &host.architecture } else { &self.architecture };
+        Platform::new(os, architecture, self.variant.as_deref())
     }
 }
 
@@ -512,5 +516,11 @@ mod tests {
         let value = serde_json::to_value(&config).expect("serialises");
         assert_eq!(value["moby.buildkit.cache.v0"], "eA==");
         assert_eq!(value["config"]["StopTimeout"], 3);
+    }
+
+    #[test]
+    fn a_config_that_names_no_platform_is_for_this_machine() {
+        let config: ImageConfig = serde_json::from_str(r#"{"rootfs":{"type":"layers"}}"#).expect("valid");
+        assert_eq!(config.platform(), Platform::host());
     }
 }
