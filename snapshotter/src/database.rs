@@ -134,6 +134,8 @@ fn is_busy(error: &rusqlite::Error) -> bool {
 }
 
 fn open(path: &Path) -> Result<Connection> {
+    // Build arguments are in it: for its owner alone, whatever the directory above is. Its log gets the same mode.
+    drop(lock::open_private(path)?);
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
     // The last to close would move the whole log into the database, with two syncs, at the end of every command.
@@ -153,7 +155,7 @@ fn version(connection: &Connection) -> Result<usize> {
 
 fn migrate(connection: &mut Connection, path: &Path) -> Result<()> {
     let lock_path = path.with_extension("db.lock");
-    let file = lock::open_lock_file(&lock_path)?;
+    let file = lock::open_private(&lock_path)?;
     lock::flock(&file, FlockOperation::LockExclusive).context("lock", &lock_path)?;
     let found = version(connection)?;
     let Some(missing) = MIGRATIONS.get(found..) else {
@@ -182,6 +184,21 @@ mod tests {
         first.with(|connection| connection.pragma_update(None, "user_version", 99)).unwrap();
         let error = Database::new(directory.path()).with(|_| Ok(())).unwrap_err().to_string();
         assert!(error.contains("database 99"), "{error}");
+    }
+
+    #[test]
+    fn it_is_for_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        Database::new(directory.path()).transaction(increment).unwrap();
+        let mut seen = 0;
+        for entry in std::fs::read_dir(directory.path()).unwrap() {
+            let entry = entry.unwrap();
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o077, 0, "{:?}", entry.file_name());
+            seen += 1;
+        }
+        assert!(seen >= 3, "the database, its log and its lock");
     }
 
     #[test]

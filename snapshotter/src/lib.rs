@@ -15,7 +15,7 @@
 //!   empty/                         the lower directory of roots that start from nothing
 //!   trash/                         renamed here, then deleted at leisure
 //!   locks/<hex>                    one per cache key while it is held, so that two builds run a step once
-//!   logs/<build>/                  what steps printed
+//!   contexts/<hex>                 digests of a build context's files by their stat (see `forge_solver::context`)
 //!   volumes/<name>/                named volumes
 //!   cache/<id>/                    RUN --mount=type=cache
 //! ```
@@ -195,7 +195,7 @@ impl Store {
     pub fn open_with(root: &Path, options: OpenOptions) -> Result<Store> {
         create_directory(root)?;
         let root = fs::canonicalize(root).context("resolve", root)?;
-        let lock = lock::open_lock_file(&root.join("lock"))?;
+        let lock = lock::open_private(&root.join("lock"))?;
         lock::flock(&lock, FlockOperation::LockShared).context("lock", &root.join("lock"))?;
         check_version(&root)?;
         let session = Arc::new(Session::new(&root));
@@ -308,7 +308,7 @@ fn initialise(root: &Path, version: &Path) -> Result<()> {
     if NETWORK_FILE_SYSTEMS.contains(&(kind as u32)) {
         return Err(Error::NetworkFileSystem(root.to_owned()));
     }
-    for name in ["blobs/sha256", "snapshots", "active", "empty", "trash", "locks", "logs", "volumes", "cache"] {
+    for name in ["blobs/sha256", "snapshots", "active", "empty", "trash", "locks", "volumes", "cache"] {
         create_directory(&root.join(name))?;
     }
     // The root of an empty image shows through this one's attributes.

@@ -29,7 +29,8 @@ pub(crate) fn try_exclusive(file: impl AsFd) -> rustix::io::Result<bool> {
     }
 }
 
-pub(crate) fn open_lock_file(path: &Path) -> Result<File> {
+/// A file for its owner alone, made if it is missing.
+pub(crate) fn open_private(path: &Path) -> Result<File> {
     fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -56,7 +57,7 @@ impl KeyLock {
     pub(crate) fn wait(root: &Path, key: &str) -> Result<KeyLock> {
         let path = path_of(root, key);
         loop {
-            let file = open_lock_file(&path)?;
+            let file = open_private(&path)?;
             flock(&file, FlockOperation::LockExclusive).context("lock", &path)?;
             if is_linked(&file).context("look at", &path)? {
                 return Ok(KeyLock { path, _file: file });
@@ -67,7 +68,7 @@ impl KeyLock {
     pub(crate) fn attempt(root: &Path, key: &str) -> Result<Option<KeyLock>> {
         let path = path_of(root, key);
         loop {
-            let file = open_lock_file(&path)?;
+            let file = open_private(&path)?;
             if !try_exclusive(&file).context("lock", &path)? {
                 return Ok(None);
             }

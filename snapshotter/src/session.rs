@@ -110,7 +110,7 @@ fn start(root: &Path) -> Result<Started> {
     let (name, lock) = loop {
         let name = unique_name();
         let path = root.join("active").join(format!("{name}.lock"));
-        let file = lock::open_lock_file(&path)?;
+        let file = lock::open_private(&path)?;
         // Between the two calls a sweeper may have taken the file for a dead session's.
         let ours = lock::try_exclusive(&file).context("lock", &path)?;
         if ours && lock::is_linked(&file).context("look at", &path)? {
