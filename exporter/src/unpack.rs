@@ -239,6 +239,9 @@ async fn adopt(
     let store = store.clone();
     blocking(move || {
         let Unpacked { changes, summary, _directory, _lock } = unpacked;
+        if let Some(parent) = &parent {
+            store.snapshots().inherit(parent, &changes, &summary.implied_directories)?;
+        }
         store.snapshots().adopt(parent.as_ref(), &changes, id.clone())?;
         let layer = Layer { diff_id, size_bytes: summary.bytes, entries: summary.entries };
         Ok(store.catalog().set_layer(&id, &layer, None)?)

@@ -93,8 +93,9 @@ pub struct ApplySummary {
     /// Bytes of file content.
     pub bytes: u64,
     pub whiteouts: u64,
-    /// Parent directories that the archive has no entry for; they are made 0755 root.
-    pub implied_directories: u64,
+    /// Directories that the archive puts things in but has no entry for, in order; the empty path is its top. They
+    /// are made 0755 root, until [`Snapshotter::inherit`](crate::Snapshotter::inherit) knows better.
+    pub implied_directories: Vec<PathBuf>,
     /// Entries whose owner could not be set ([`Ids::Single`]).
     pub owners_left: u64,
     /// Device nodes left out because this process may not make any (a user namespace).

@@ -17,6 +17,7 @@
 //! the kernel; `plain` copies, for file systems and users without overlay. What they share, the rows and the
 //! directories of committed snapshots, is in `shelf`.
 
+mod below;
 #[cfg(test)]
 mod conformance;
 mod overlay;
@@ -141,6 +142,11 @@ pub trait Snapshotter: Send + Sync {
     /// Makes it permanent under `id`. If `id` exists already (another process was first) the work is
     /// discarded and the existing snapshot returned. Consumes: an `Active` cannot be used after.
     fn commit(&self, active: Active, id: SnapshotId) -> Result<Info>;
+
+    /// Gives `directories` of `changes`, a layer that is to be adopted over `parent` but does not describe them, the
+    /// attributes of the directories that they lie over. The empty path is the top. Where `parent` has none, or
+    /// something else, nothing is done: a directory over a symbolic link hides it, as with docker and containerd.
+    fn inherit(&self, parent: &SnapshotId, changes: &Path, directories: &[PathBuf]) -> Result<()>;
 
     /// Makes `changes` (a finished directory in overlay form, on the store's file system, consumed by rename)
     /// a snapshot over `parent`: how image layers, which unpack without their parents, enter.

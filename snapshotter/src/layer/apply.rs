@@ -38,6 +38,7 @@ pub fn apply(tar: &mut dyn Read, into: &Path, options: &ApplyOptions) -> Result<
     writer.layered = true;
     // Without an entry of its own the top has no time that anything could depend on.
     writer.tree.set_time_later(b"", (0, 0));
+    writer.tree.imply_top()?;
     writer.run(tar)
 }
 
@@ -212,6 +213,7 @@ impl Writer {
     /// The archive's entry for its own top.
     fn top(&mut self, member: &Member, path: &[u8]) -> Result<()> {
         let directory = self.tree.directory(path)?;
+        self.tree.describe(&directory, path)?;
         self.describe(&directory, member, path)?;
         self.tree.set_time_later(path, member.mtime);
         Ok(())
@@ -234,6 +236,7 @@ impl Writer {
         }
         let directory = fs::openat(parent, *name, walk::DIRECTORY, Mode::empty());
         let directory = directory.map_err(|e| self.tree.failed("open directory", path, e))?;
+        self.tree.describe(&directory, path)?;
         self.describe(&directory, member, path)?;
         self.tree.set_time_later(path, member.mtime);
         Ok(())

@@ -155,7 +155,7 @@ impl<'a> Archive<'a> {
         Ok(true)
     }
 
-    /// An archive may lack its final zeroes, and only those.
+    /// An archive may lack its final zeroes (umoci's do, with the padding of the last member), and only those.
     fn end_of_input(&self) -> Result<Option<Member>> {
         match self.buffer[self.start..self.end].iter().all(|byte| *byte == 0) {
             true => Ok(None),
@@ -178,6 +178,11 @@ impl<'a> Archive<'a> {
     /// The member's content, some bytes at a time; 0 at its end.
     pub(super) fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let read = self.read_some(buffer, self.content_left)?;
+        if read == 0 && self.content_left > 0 && !buffer.is_empty() {
+            return Err(Error::Archive {
+                reason: format!("ends in the middle of the content of entry {}", self.members),
+            });
+        }
         self.content_left -= read as u64;
         Ok(read)
     }
@@ -186,12 +191,16 @@ impl<'a> Archive<'a> {
         let mut waste = [0; 8192];
         while self.read_content(&mut waste)? > 0 {}
         while self.padding_left > 0 {
-            let read = self.read_some(&mut waste, self.padding_left)?;
-            self.padding_left -= read as u64;
+            match self.read_some(&mut waste, self.padding_left)? {
+                // Nothing of the last member is missing; the parser meets the same end.
+                0 => self.padding_left = 0,
+                read => self.padding_left -= read as u64,
+            }
         }
         Ok(())
     }
 
+    /// 0 at the end of the input.
     fn read_some(&mut self, buffer: &mut [u8], most: u64) -> Result<usize> {
         let most = buffer.len().min(usize::try_from(most).unwrap_or(usize::MAX));
         if most == 0 {
@@ -204,11 +213,6 @@ impl<'a> Archive<'a> {
             return Ok(length);
         }
         let read = read(self.input, &mut buffer[..most])?;
-        if read == 0 {
-            return Err(Error::Archive {
-                reason: format!("ends in the middle of the content of entry {}", self.members),
-            });
-        }
         self.count(read)?;
         Ok(read)
     }

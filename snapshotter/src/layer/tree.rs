@@ -5,7 +5,7 @@
 //! component at a time, none of them opened through a link: links are read and followed by hand, with the
 //! tree's own top as "/" and ".." stopping there. Directories that are missing on the way are made.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -34,7 +34,8 @@ pub(super) struct Tree {
     last: Option<(Vec<u8>, Directory)>,
     /// Set at the end: making a file in a directory changes the directory's time.
     times: BTreeMap<Vec<u8>, (i64, u32)>,
-    pub implied: u64,
+    /// Directories made on the way that no entry has described yet, by inode.
+    implied: HashMap<u64, Vec<u8>>,
     /// Whether directories made on the way are given to root; else they belong to this process.
     owned: bool,
 }
@@ -42,7 +43,7 @@ pub(super) struct Tree {
 impl Tree {
     pub(super) fn open(path: &Path, marks: Option<Marks>, owned: bool) -> Result<Tree> {
         let root = Rc::new(fs::open(path, DIRECTORY, Mode::empty()).context("open directory", path)?);
-        Ok(Tree { path: path.to_owned(), root, marks, last: None, times: BTreeMap::new(), implied: 0, owned })
+        Ok(Tree { path: path.to_owned(), root, marks, last: None, times: BTreeMap::new(), implied: HashMap::new(), owned })
     }
 
     pub(super) fn root(&self) -> Directory {
@@ -154,11 +155,28 @@ impl Tree {
                 if self.owned {
                     fs::fchown(&directory, Some(Uid::ROOT), Some(Gid::ROOT))?;
                 }
-                fs::fchmod(&directory, Mode::from_raw_mode(0o755))
+                fs::fchmod(&directory, Mode::from_raw_mode(0o755))?;
+                fs::fstat(&directory)
             });
-        made.map_err(|e| self.failed("make directory", path, e))?;
-        self.implied += 1;
+        let made = made.map_err(|e| self.failed("make directory", path, e))?;
+        self.implied.insert(made.st_ino, path.to_owned());
         self.times.insert(path.to_owned(), (0, 0));
+        Ok(())
+    }
+
+    /// The top is there before any entry.
+    pub(super) fn imply_top(&mut self) -> Result<()> {
+        let stat = fs::fstat(&self.root).map_err(|e| self.failed("examine", b"", e))?;
+        self.implied.insert(stat.st_ino, Vec::new());
+        Ok(())
+    }
+
+    /// Notes that an entry describes this directory.
+    pub(super) fn describe(&mut self, directory: &OwnedFd, path: &[u8]) -> Result<()> {
+        if !self.implied.is_empty() {
+            let stat = fs::fstat(directory).map_err(|e| self.failed("examine", path, e))?;
+            self.implied.remove(&stat.st_ino);
+        }
         Ok(())
     }
 
@@ -195,8 +213,8 @@ impl Tree {
         self.times.insert(path.to_owned(), mtime);
     }
 
-    /// Gives directories their times, the innermost first.
-    pub(super) fn settle(mut self) -> Result<u64> {
+    /// Gives directories their times, the innermost first. Returns the directories that no entry describes, in order.
+    pub(super) fn settle(mut self) -> Result<Vec<PathBuf>> {
         for (path, mtime) in std::mem::take(&mut self.times).into_iter().rev() {
             let (above, name) = split(&path);
             let Some(parent) = self.existing(above)? else { continue };
@@ -211,7 +229,14 @@ impl Tree {
                     .map_err(|e| self.failed("set the time of", &path, e))?;
             }
         }
-        Ok(self.implied)
+        let there = |inode: u64, path: &[u8]| {
+            // Whatever took its place is another thing.
+            path.is_empty() || self.beneath(path).and_then(fs::fstat).is_ok_and(|stat| stat.st_ino == inode)
+        };
+        let implied = self.implied.iter().filter(|(inode, path)| there(**inode, path));
+        let mut implied: Vec<PathBuf> = implied.map(|(_, path)| walk::as_path(path).to_owned()).collect();
+        implied.sort();
+        Ok(implied)
     }
 }
 

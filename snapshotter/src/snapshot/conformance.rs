@@ -315,6 +315,58 @@ fn adopted_layers_stack_like_steps() {
     });
 }
 
+/// Layers may put a file into a directory that they do not describe, and must not change the directory by that.
+#[test]
+fn directories_that_a_layer_does_not_describe_stay_as_they_were() {
+    each(|bench| {
+        let marked = |path: PathBuf, mode: u32, owner: u32| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            std::os::unix::fs::chown(&path, Some(owner), Some(owner)).unwrap();
+            rustix::fs::setxattr(&path, "user.colour", b"blue", XattrFlags::empty()).unwrap();
+            File::open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        };
+        bench.step(None, "base", |root| {
+            for path in ["private/inner", "cut/inner", "replaced", "target"] {
+                fs::create_dir_all(root.join(path)).unwrap();
+            }
+            symlink("target", root.join("link")).unwrap();
+            marked(root.join("private/inner"), 0o710, 7);
+            marked(root.join("private"), 0o700, 5);
+            marked(root.join("cut/inner"), 0o700, 5);
+            marked(root.to_owned(), 0o711, 3);
+        });
+        bench.step(Some("base"), "between", |root| write(root.join("other"), "x"));
+
+        let ingest = bench.store.ingest().unwrap();
+        let changes = ingest.path().join("fs");
+        for path in ["private/inner/new", "cut/inner/new", "link/new", "fresh/new"] {
+            fs::create_dir_all(changes.join(path).parent().unwrap()).unwrap();
+            write(changes.join(path), "x");
+        }
+        let name = bench.driver.opaque_attribute();
+        rustix::fs::setxattr(changes.join("cut"), name, b"y", XattrFlags::empty()).unwrap();
+        let implied = ["", "private", "private/inner", "cut/inner", "link", "fresh"].map(PathBuf::from);
+        bench.snapshots().inherit(&id("between"), &changes, &implied).unwrap();
+        bench.snapshots().adopt(Some(&id("between")), &changes, id("top")).unwrap();
+
+        let view = bench.view("top");
+        let described = |path: &str| {
+            let meta = fs::symlink_metadata(view.root().join(path)).unwrap();
+            let colour = rustix::fs::getxattr(view.root().join(path), "user.colour", &mut [0u8; 8]);
+            (meta.mode() & 0o7777, meta.uid(), meta.gid(), meta.mtime() == 0, colour.is_ok())
+        };
+        assert_eq!(described(""), (0o711, 3, 3, false, true));
+        assert_eq!(described("private"), (0o700, 5, 5, true, true));
+        assert_eq!(described("private/inner"), (0o710, 7, 7, true, true));
+        // What is hidden, no directory, or not there has nothing to hand down.
+        for path in ["cut/inner", "link", "fresh"] {
+            let (_, uid, gid, _, colour) = described(path);
+            assert_eq!((uid, gid, colour), (0, 0, false), "{path}");
+        }
+        assert!(view.root().join("target").is_dir() && !view.root().join("target/new").exists());
+    });
+}
+
 #[test]
 fn what_is_dropped_leaves_nothing() {
     each(|bench| {

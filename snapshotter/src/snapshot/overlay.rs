@@ -103,6 +103,10 @@ impl Snapshotter for Overlay {
         self.shelf.publish(&id, active.parent.as_ref(), &settled)
     }
 
+    fn inherit(&self, parent: &SnapshotId, changes: &Path, directories: &[PathBuf]) -> Result<()> {
+        self.shelf.inherit(self.driver, parent, changes, directories)
+    }
+
     fn adopt(&self, parent: Option<&SnapshotId>, changes: &Path, id: SnapshotId) -> Result<Info> {
         self.shelf.adopt(parent, changes, &id)
     }

@@ -90,6 +90,10 @@ impl Snapshotter for Plain {
         self.shelf.publish(&id, active.parent.as_ref(), &settled)
     }
 
+    fn inherit(&self, parent: &SnapshotId, changes: &Path, directories: &[PathBuf]) -> Result<()> {
+        self.shelf.inherit(Driver::Plain, parent, changes, directories)
+    }
+
     fn adopt(&self, parent: Option<&SnapshotId>, changes: &Path, id: SnapshotId) -> Result<Info> {
         self.shelf.adopt(parent, changes, &id)
     }
@@ -295,7 +299,7 @@ impl Laying {
 
     /// The directory `name` in `to`: the one that is there, unless `from` hides it.
     fn make_directory(&self, from: &File, to: &File, name: &CStr) -> io::Result<File> {
-        let opaque = self.form == Form::Changes && is_opaque(from)?;
+        let opaque = self.form == Form::Changes && Driver::Plain.is_opaque(from)?;
         match stat_in(to, name) {
             Ok(stat) if kind(&stat) == FileType::Directory && !opaque => return open_directory(to, name),
             Ok(_) => remove(to, name)?,
@@ -330,18 +334,6 @@ struct Source<'a> {
     directory: &'a File,
     name: &'a CStr,
     stat: Stat,
-}
-
-fn is_opaque(directory: &File) -> io::Result<bool> {
-    for driver in [Driver::Plain, Driver::Overlay] {
-        let mut value = [0u8; 8];
-        match rustix::fs::fgetxattr(directory, driver.opaque_attribute(), &mut value) {
-            Ok(length) if value[..length] == *b"y" => return Ok(true),
-            Ok(_) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::RANGE) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(false)
 }
 
 fn times(stat: &Stat) -> Timestamps {

@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex};
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
-use super::{Info, SnapshotId};
+use super::below::Stack;
+use super::{Driver, Info, SnapshotId};
 use crate::content::boot_id;
 use crate::database::{Database, now};
 use crate::session::{self, Session, locked};
@@ -262,6 +263,33 @@ impl Shelf {
             size_bytes: settled.size_bytes,
             pinned: true,
         })
+    }
+
+    /// See [`Snapshotter::inherit`](super::Snapshotter::inherit).
+    pub(crate) fn inherit(
+        self: &Arc<Self>,
+        driver: Driver,
+        parent: &SnapshotId,
+        changes: &Path,
+        directories: &[PathBuf],
+    ) -> Result<()> {
+        let _held = self.hold(parent)?;
+        let layers: Vec<PathBuf> = self.stack(parent)?.iter().map(|id| self.directory(id).join("fs")).collect();
+        let below = Stack { layers: &layers, driver };
+        // Inner ones first: an outer one may come to be closed to us.
+        for path in directories.iter().rev() {
+            if below.is_hidden_by(changes, path)? {
+                continue;
+            }
+            if let Some(from) = below.directory(path)? {
+                let full = changes.join(path);
+                let to = File::open(&full).context("open", &full)?;
+                copy_attributes(&from, &to)
+                    .and_then(|()| to.set_modified(from.metadata()?.modified()?))
+                    .context("set the attributes of", &full)?;
+            }
+        }
+        Ok(())
     }
 
     /// Publishes a finished directory, which is consumed also where it was not needed.

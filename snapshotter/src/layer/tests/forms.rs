@@ -77,12 +77,45 @@ fn directories_keep_their_times_and_what_is_in_them() {
     }
     let tar = Raw::default().directory("d").file("d/f", b"1").file("other/g", b"").directory("d").end();
     let (into, summary) = applied(&tar);
-    assert_eq!((summary.entries, summary.implied_directories), (4, 1));
+    assert_eq!((summary.entries, summary.implied_directories), (4, vec!["".into(), "other".into()]));
     let meta = |path: &str| std::fs::metadata(into.path().join(path)).unwrap();
     assert_eq!(meta("d").mtime(), 1);
     assert_eq!((meta("other").mtime(), meta("other").mode() & 0o7777), (0, 0o755));
     assert_eq!((meta("").mtime(), meta("").mode() & 0o7777), (0, 0o755));
     assert_eq!(std::fs::read(into.path().join("d/f")).unwrap(), b"1");
+}
+
+#[test]
+fn directories_without_an_entry_are_named() {
+    if !privileged() {
+        return;
+    }
+    let raw = Raw::default;
+    for (what, tar, expect) in [
+        ("none", raw().directory("./").directory("d").file("d/f", b""), vec![]),
+        ("the top alone", raw().file("f", b""), vec![""]),
+        ("nested", raw().file("a/b/c", b"").file("a/d/.wh.x", b""), vec!["", "a", "a/b", "a/d"]),
+        ("described later", raw().file("a/b/c", b"").directory("a"), vec!["", "a/b"]),
+        ("described through a link", raw().symlink("l", "a").file("a/b/c", b"").directory("l/b"), vec!["", "a"]),
+        ("made through a link", raw().directory("a").symlink("l", "a").file("l/b/c", b""), vec!["", "a/b"]),
+        ("replaced", raw().file("a/b/c", b"").file("a/b", b""), vec!["", "a"]),
+        ("replaced and made again", raw().file("a/c", b"").file("a", b"").file("a", b"").directory("a"), vec![""]),
+    ] {
+        let (_into, summary) = applied(&tar.end());
+        let expect: Vec<std::path::PathBuf> = expect.into_iter().map(Into::into).collect();
+        assert_eq!(summary.implied_directories, expect, "{what}");
+    }
+}
+
+/// umoci's `insert` ends its layers without padding and without the final zeroes.
+#[test]
+fn an_archive_may_end_with_its_last_byte_of_content() {
+    if !privileged() {
+        return;
+    }
+    let tar = Raw::default().directory("d").file("d/f", &[7; 700]).end();
+    let (into, summary) = applied(&tar[..512 + 512 + 700]);
+    assert_eq!((summary.entries, std::fs::metadata(into.path().join("d/f")).unwrap().len()), (2, 700));
 }
 
 #[test]

@@ -4,19 +4,23 @@
 //! nothing, but it would make a layer of a step that did nothing. So directories of the upper that are empty, hide
 //! nothing, and say what the directory below them says are removed, innermost first.
 
-use std::fs::{self, Metadata};
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, File, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
-use rustix::io::Errno;
 
 use super::Driver;
+use crate::snapshot::below::Stack;
+use crate::snapshot::shelf::{attribute, attribute_names};
 use crate::{Context, Result};
 
 /// Removes them from `upper`, an overlay's upper directory that is no longer mounted; `lowers` come top first.
 pub(super) fn remove(upper: &Path, lowers: &[PathBuf], driver: Driver) -> Result<()> {
-    let tree = Tree { upper, lowers, driver };
+    let tree = Tree { upper, lowers: Stack { layers: lowers, driver }, driver };
     for (path, before) in tree.directories()?.into_iter().rev() {
         if tree.is_untouched(&path, &before)? {
             let full = upper.join(&path);
@@ -30,7 +34,7 @@ pub(super) fn remove(upper: &Path, lowers: &[PathBuf], driver: Driver) -> Result
 
 struct Tree<'a> {
     upper: &'a Path,
-    lowers: &'a [PathBuf],
+    lowers: Stack<'a>,
     driver: Driver,
 }
 
@@ -58,70 +62,22 @@ impl Tree<'_> {
 
     fn is_untouched(&self, path: &Path, before: &Metadata) -> Result<bool> {
         let full = self.upper.join(path);
-        if fs::read_dir(&full).context("read directory", &full)?.next().is_some() || self.is_opaque(&full)? {
+        let upper = File::open(&full).context("open directory", &full)?;
+        if fs::read_dir(&full).context("read directory", &full)?.next().is_some()
+            || self.driver.is_opaque(&upper).context("read attributes of", &full)?
+        {
             return Ok(false);
         }
-        let Some(below) = self.below(path)? else { return Ok(false) };
-        let metadata = fs::symlink_metadata(&below).context("examine", &below)?;
+        let Some(below) = self.lowers.directory(path)? else { return Ok(false) };
+        let metadata = below.metadata().context("examine", path)?;
         let said = |metadata: &Metadata| {
             (metadata.mode(), metadata.uid(), metadata.gid(), metadata.mtime(), metadata.mtime_nsec())
         };
-        Ok(said(&metadata) == said(before) && self.attributes(&full)? == self.attributes(&below)?)
-    }
-
-    /// The directory that shows through at `path` where the upper has none.
-    fn below(&self, path: &Path) -> Result<Option<PathBuf>> {
-        for lower in self.lowers {
-            let full = lower.join(path);
-            match fs::symlink_metadata(&full) {
-                Ok(metadata) => return Ok(metadata.is_dir().then_some(full)),
-                Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(None),
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).context("examine", &full);
-                }
-                Err(_) => {}
-            }
-            for outer in path.ancestors().skip(1).filter(|outer| !outer.as_os_str().is_empty()) {
-                if self.is_opaque(&lower.join(outer))? {
-                    return Ok(None);
-                }
-            }
+        if said(&metadata) != said(before) {
+            return Ok(false);
         }
-        Ok(None)
-    }
-
-    fn is_opaque(&self, directory: &Path) -> Result<bool> {
-        let mut value = [0; 8];
-        match rustix::fs::lgetxattr(directory, self.driver.opaque_attribute(), &mut value) {
-            Ok(length) => Ok(&value[..length] == b"y"),
-            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOENT | Errno::NOTDIR) => Ok(false),
-            // A value that long is not one of overlay's.
-            Err(Errno::RANGE) => Ok(false),
-            Err(error) => Err(error).context("read attributes of", directory),
-        }
-    }
-
-    /// Extended attributes but for overlay's own, which are bookkeeping of the copy.
-    fn attributes(&self, directory: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-        let mut names = vec![0; 64 * 1024];
-        let length = match rustix::fs::llistxattr(directory, &mut names[..]) {
-            Ok(length) => length,
-            Err(Errno::OPNOTSUPP) => 0,
-            Err(error) => return Err(error).context("read attributes of", directory),
-        };
-        let ours = |name: &&[u8]| {
-            !name.is_empty() && !name.starts_with(b"trusted.overlay.") && !name.starts_with(b"user.overlay.")
-        };
-        let mut all = Vec::new();
-        for name in names[..length].split(|byte| *byte == 0).filter(ours) {
-            let mut value = vec![0; 64 * 1024];
-            let length =
-                rustix::fs::lgetxattr(directory, name, &mut value[..]).context("read attributes of", directory)?;
-            value.truncate(length);
-            all.push((name.to_vec(), value));
-        }
-        all.sort();
-        Ok(all)
+        let attributes = |file| attributes(file).context("read attributes of", &full);
+        Ok(attributes(&upper)? == attributes(&below)?)
     }
 
     /// Removing an inner directory changed the time of its outer one.
@@ -137,6 +93,13 @@ impl Tree<'_> {
         };
         utimensat(CWD, &full, &times, AtFlags::SYMLINK_NOFOLLOW).context("set the time of", &full)
     }
+}
+
+/// Extended attributes but for overlay's own, which are bookkeeping of the copy.
+fn attributes(file: &File) -> io::Result<BTreeMap<CString, Vec<u8>>> {
+    let names = attribute_names(|list| rustix::fs::flistxattr(file, list))?;
+    let value = |name: &CString| attribute(|value| rustix::fs::fgetxattr(file, &**name, value));
+    names.into_iter().map(|name| value(&name).map(|value| (name, value))).collect()
 }
 
 #[cfg(test)]
@@ -158,7 +121,9 @@ mod tests {
             touch(&tree.join("etc"), 5);
         }
         change(&upper);
-        remove(&upper, &[place.path().join("none"), lower], Driver::OverlayUser).unwrap();
+        let silent = place.path().join("silent");
+        fs::create_dir(&silent).unwrap();
+        remove(&upper, &[silent, lower], Driver::OverlayUser).unwrap();
         let mut left = Vec::new();
         crate::walk::walk(&upper, |entry| {
             left.push(String::from_utf8_lossy(entry.path).into_owned());
