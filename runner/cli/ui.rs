@@ -34,7 +34,9 @@ pub enum Progress {
 /// How often the terminal is redrawn.
 const FRAME: Duration = Duration::from_millis(100);
 
-pub struct Ui {
+pub struct Ui(Option<Drawing>);
+
+struct Drawing {
     events: Sender<Message>,
     thread: JoinHandle<()>,
 }
@@ -65,59 +67,55 @@ impl Ui {
             Progress::Rawjson => Some(Box::new(json::RawJson)),
             Progress::Quiet | Progress::None => None,
         };
-        let (events, inbox) = mpsc::channel();
-        let thread = std::thread::spawn(move || draw(inbox, view));
-        Ui { events, thread }
+        Ui(view.map(|view| {
+            let (events, inbox) = mpsc::channel();
+            Drawing { events, thread: std::thread::spawn(move || draw(&inbox, view)) }
+        }))
     }
 
     pub fn events(&self) -> Events {
-        let sender = self.events.clone();
+        let Some(drawing) = &self.0 else { return Events::nowhere() };
+        let sender = drawing.events.clone();
         Events::new(move |event| {
-            // The drawing thread is gone only when the program is on its way out.
+            // The drawing thread is gone where nobody reads stderr any more: the build goes on in silence.
             sender.send(Message::Event(event)).unwrap_or_default();
         })
     }
 
     /// Waits until everything sent so far is on the screen.
     pub fn finish(self) {
-        self.events.send(Message::End).unwrap_or_default();
-        self.thread.join().unwrap_or_default();
+        let Some(Drawing { events, thread }) = self.0 else { return };
+        events.send(Message::End).unwrap_or_default();
+        thread.join().unwrap_or_default();
     }
 }
 
-fn draw(inbox: Receiver<Message>, mut view: Option<Box<dyn View>>) {
+/// Ends with the last message, or when nobody is reading.
+fn draw(inbox: &Receiver<Message>, mut view: Box<dyn View>) {
     let mut steps = Steps::default();
     let mut next_frame = Instant::now() + FRAME;
     loop {
         let message = inbox.recv_timeout(next_frame.saturating_duration_since(Instant::now()));
-        let Some(current) = &mut view else {
-            match message {
-                Ok(Message::End) | Err(RecvTimeoutError::Disconnected) => return,
-                _ => continue,
-            }
-        };
         let mut out = io::stderr().lock();
         let drawn = match message {
             Ok(Message::Event(event)) => {
                 steps.apply(&event);
-                current.event(&event, &steps, &mut out)
+                view.event(&event, &steps, &mut out)
             }
             Ok(Message::End) | Err(RecvTimeoutError::Disconnected) => {
                 // Nobody may be reading any more; there is nothing left to tell them.
-                return current.end(&steps, &mut out).unwrap_or_default();
+                return view.end(&steps, &mut out).unwrap_or_default();
             }
             Err(RecvTimeoutError::Timeout) => Ok(()),
         };
-        let drawn = drawn.and_then(|()| match Instant::now() >= next_frame {
-            true => current.tick(&steps, &mut out),
-            false => Ok(()),
-        });
-        if Instant::now() >= next_frame {
-            next_frame = Instant::now() + FRAME;
-        }
         if drawn.is_err() {
-            // Nobody reads stderr any more: build on in silence.
-            view = None;
+            return;
+        }
+        if Instant::now() >= next_frame {
+            if view.tick(&steps, &mut out).is_err() {
+                return;
+            }
+            next_frame = Instant::now() + FRAME;
         }
     }
 }

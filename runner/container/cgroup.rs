@@ -170,10 +170,11 @@ impl Cgroup {
         self.unified.as_ref().map(|(_, directory)| directory.as_fd())
     }
 
-    /// Moves this process into the v1 groups.
+    /// Moves this process, which has one thread, into the v1 groups. By `tasks`: for `cgroup.procs` the kernel stops every fork
+    /// and exit on the machine and waits for all processors, which takes ten milliseconds and more.
     pub fn join(&self) -> Result<()> {
         for (_, directory) in &self.legacy {
-            let file = directory.join("cgroup.procs");
+            let file = directory.join("tasks");
             write(&file, "0").step(format!("write {}", file.display()))?;
         }
         Ok(())

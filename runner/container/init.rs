@@ -66,7 +66,6 @@ pub fn exit(code: i32) -> ! {
 
 fn begin(start: &Start<'_>) -> Result<Infallible> {
     let container = start.container;
-    default_signals();
     start.cgroup.join()?;
     enter_namespaces(start)?;
     rustix::process::umask(Mode::empty());
@@ -100,7 +99,8 @@ fn enter_namespaces(start: &Start<'_>) -> Result<()> {
     nix::unistd::sethostname(&start.container.hostname).step("set the host name")
 }
 
-/// A program starts with no signal ignored and none blocked, whatever started forge.
+/// A program starts with no signal ignored and none blocked, whatever started forge. Called once, by the helper: every
+/// container begins as its copy.
 #[expect(unsafe_code, reason = "signal dispositions have no safe form")]
 pub fn default_signals() {
     for signal in 1..=libc::SIGRTMAX() {

@@ -12,8 +12,8 @@ use crate::key::Facts;
 
 /// A row's time of use is written again when it is older than this.
 const USED_PRECISION_S: i64 = 3600;
-/// As many rows as an explanation looks back through.
-const HISTORY_ROWS: u32 = 1000;
+/// As many steps as an explanation looks back through.
+const HISTORY_ROWS: u32 = 500;
 
 pub struct Cache<'a>(pub &'a Store);
 
@@ -52,8 +52,10 @@ impl Cache<'_> {
             let sql = "INSERT OR REPLACE INTO cache (key, snapshot, node, detail, created, used)
                 VALUES (?, ?, ?, NULL, ?, ?)";
             let mut statement = transaction.prepare_cached(sql)?;
-            for key in keys {
-                statement.execute((key, snapshot.to_string(), &facts, now(), now()))?;
+            // What the node was stands beside its definition key alone: once for each way of writing the step.
+            for (place, key) in keys.iter().enumerate() {
+                let facts = (place == 0).then_some(&facts);
+                statement.execute((key, snapshot.to_string(), facts, now(), now()))?;
             }
             Ok(())
         })
@@ -62,8 +64,8 @@ impl Cache<'_> {
     /// The last nodes recorded, newest first. Rows of another format are passed over.
     pub fn history(&self) -> Result<Vec<Facts>> {
         let rows = self.0.database().with(|connection| {
-            let sql =
-                "SELECT DISTINCT node FROM cache WHERE node IS NOT NULL ORDER BY created DESC, rowid DESC LIMIT ?";
+            // A row that is written again gets a new number, so the order is that of writing and takes no sorting.
+            let sql = "SELECT node FROM cache WHERE node IS NOT NULL ORDER BY rowid DESC LIMIT ?";
             let mut statement = connection.prepare_cached(sql)?;
             let rows = statement.query_map([HISTORY_ROWS], |row| row.get::<_, String>(0))?;
             rows.collect::<rusqlite::Result<Vec<_>>>()

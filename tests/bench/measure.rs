@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
     pub wall: Duration,
+    /// Of the largest of its processes.
     pub peak_memory_kib: u64,
 }
 
@@ -20,15 +21,26 @@ impl Figures {
     }
 
     pub fn median(&self) -> Duration {
+        let walls = self.sorted();
+        walls.get(walls.len() / 2).copied().unwrap_or_default()
+    }
+
+    fn sorted(&self) -> Vec<Duration> {
         let mut walls: Vec<Duration> = self.0.iter().map(|measured| measured.wall).collect();
         walls.sort();
-        walls.get(walls.len() / 2).copied().unwrap_or_default()
+        walls
     }
 
     pub fn print(&self, name: &str) {
         let peak = self.0.iter().map(|measured| measured.peak_memory_kib).max().unwrap_or(0);
-        println!("{name:10} {:>10.1} ms   peak {:>6} kB", self.median().as_secs_f64() * 1000.0, peak);
+        let best = self.sorted().first().copied().unwrap_or_default();
+        let (median, best) = (milliseconds(self.median()), milliseconds(best));
+        println!("{name:10} {median} ms   best {best} ms   peak {:>6.1} MB", peak as f64 * 1024.0 / 1e6);
     }
+}
+
+pub fn milliseconds(time: Duration) -> String {
+    format!("{:>10.1}", time.as_secs_f64() * 1000.0)
 }
 
 pub fn repeat(times: usize, mut run: impl FnMut() -> Measured) -> Figures {
