@@ -14,14 +14,17 @@ pub mod ignore;
 pub mod instruction;
 pub mod lex;
 pub mod lint;
+pub mod outline;
 mod parse;
 mod path;
 mod plan;
+pub mod report;
+pub mod show;
 
 pub use diagnostic::{Diagnostic, Severity, Span};
 pub use instruction::Dockerfile;
 pub use parse::{INSTRUCTIONS, parse};
-pub use plan::plan;
+pub use plan::{check, plan};
 
 use std::collections::BTreeMap;
 

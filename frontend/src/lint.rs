@@ -13,30 +13,33 @@ use crate::diagnostic::{Diagnostic, Severity, Span};
 use crate::instruction::{Code, Dockerfile, Instruction, Kind, Stage, Word};
 use crate::lex::{Directive, Line};
 
-/// Every rule by name. The last one is experimental: it runs only where `experimental=` asks for it.
-pub const RULES: [&str; 22] = [
-    "StageNameCasing",
-    "FromAsCasing",
-    "NoEmptyContinuation",
-    "ConsistentInstructionCasing",
-    "DuplicateStageName",
-    "ReservedStageName",
-    "JSONArgsRecommended",
-    "MaintainerDeprecated",
-    "UndefinedArgInFrom",
-    "WorkdirRelativePath",
-    "UndefinedVar",
-    "MultipleInstructionsDisallowed",
-    "LegacyKeyValueFormat",
-    "InvalidBaseImagePlatform",
-    "RedundantTargetPlatform",
-    "SecretsUsedInArgOrEnv",
-    "InvalidDefaultArgInFrom",
-    "FromPlatformFlagConstDisallowed",
-    "CopyIgnoredFile",
-    "ExposeProtoCasing",
-    "ExposeInvalidFormat",
-    EXPERIMENTAL,
+/// Every rule: its name and what it is about. The last one is experimental: it runs only where `experimental=` asks for it.
+pub const RULES: [(&str, &str); 22] = [
+    ("StageNameCasing", "Stage names are lowercase"),
+    ("FromAsCasing", "The case of AS is the case of FROM"),
+    ("NoEmptyContinuation", "A continued instruction has no blank lines"),
+    ("ConsistentInstructionCasing", "All instructions of a file are in upper case, or all in lower case"),
+    ("DuplicateStageName", "Stage names are unique"),
+    ("ReservedStageName", "Stages are not called scratch or context"),
+    ("JSONArgsRecommended", "CMD and ENTRYPOINT are JSON arrays, so that signals reach the program"),
+    ("MaintainerDeprecated", "An image's author is a label: MAINTAINER is deprecated"),
+    ("UndefinedArgInFrom", "FROM uses ARGs that are declared"),
+    ("WorkdirRelativePath", "The first WORKDIR is absolute, so that it does not depend on the base image"),
+    ("UndefinedVar", "Variables are defined before they are used"),
+    (
+        "MultipleInstructionsDisallowed",
+        "CMD, ENTRYPOINT and HEALTHCHECK stand once in a stage, for only the last one counts",
+    ),
+    ("LegacyKeyValueFormat", "ENV and LABEL are written name=value"),
+    ("InvalidBaseImagePlatform", "A base image is of the platform that is built for"),
+    ("RedundantTargetPlatform", "FROM does not name the target platform, which is the default"),
+    ("SecretsUsedInArgOrEnv", "Secrets are mounted, not kept in ARG or ENV"),
+    ("InvalidDefaultArgInFrom", "The default of a global ARG gives a valid base image"),
+    ("FromPlatformFlagConstDisallowed", "FROM --platform is not a constant"),
+    ("CopyIgnoredFile", "COPY and ADD name no file that the ignore file leaves out"),
+    ("ExposeProtoCasing", "Protocols of EXPOSE are lowercase"),
+    ("ExposeInvalidFormat", "EXPOSE names ports, no addresses and no mappings"),
+    (EXPERIMENTAL, "A comment right above FROM or ARG describes it: `# name description`"),
 ];
 const EXPERIMENTAL: &str = "InvalidDefinitionDescription";
 
@@ -109,9 +112,9 @@ impl Check {
 
     fn unknown_names(&self, span: Span, diagnostics: &mut Vec<Diagnostic>) {
         for name in self.skip.some.union(&self.experimental.some) {
-            if !RULES.contains(&name.as_str()) {
+            if RULES.iter().all(|(known, _)| known != name) {
                 let warning = Diagnostic::warning(span, format!("there is no check named {name:?}"));
-                diagnostics.push(warning.suggest(name, RULES));
+                diagnostics.push(warning.suggest(name, RULES.map(|(known, _)| known)));
             }
         }
     }

@@ -12,7 +12,7 @@ mod git;
 mod mount;
 mod run;
 pub(crate) mod scope;
-mod stage;
+pub(crate) mod stage;
 mod state;
 mod text;
 mod write;
@@ -34,33 +34,74 @@ use state::{Evaluated, Shared};
 ///
 /// Warnings come back in [`Plan::warnings`]; any error means that there is no plan.
 pub async fn plan(file: &Dockerfile, request: &Request, sources: &impl Sources) -> Result<Plan, Vec<Diagnostic>> {
+    let (platforms, found) = evaluate(file, request, sources, Wanted::Target).await;
+    let (errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(Diagnostic::is_error);
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let answers = write::Answers::ask(&platforms, sources).await?;
+    Ok(write::plan(file, request, platforms, &answers, warnings))
+}
+
+/// Judges what a build would make of a file; asks for base images, for no files and no remotes.
+///
+/// Without a target every stage is judged, also those that no build of the last one needs.
+pub async fn check(file: &Dockerfile, request: &Request, sources: &impl Sources) -> Vec<Diagnostic> {
+    let wanted = match target(request) {
+        Some(_) => Wanted::Target,
+        None => Wanted::All,
+    };
+    evaluate(file, request, sources, wanted).await.1
+}
+
+/// Which stages are evaluated.
+#[derive(Clone, Copy)]
+enum Wanted {
+    /// The target and what it needs.
+    Target,
+    All,
+}
+
+/// Every platform of the request, as far as that went, and what was found on the way, each thing once.
+async fn evaluate<'a>(
+    file: &'a Dockerfile,
+    request: &'a Request,
+    sources: &impl Sources,
+    wanted: Wanted,
+) -> (Vec<Evaluation<'a>>, Vec<Diagnostic>) {
     let targets = match request.platforms.as_slice() {
         [] => vec![request.build_platform.clone()],
         platforms => platforms.to_vec(),
     };
-    let evaluated = join_all(targets.iter().map(|target| one_platform(file, request, target, sources))).await;
+    let evaluated = join_all(targets.iter().map(|target| one_platform(file, request, target, sources, wanted))).await;
     let mut platforms = Vec::new();
-    let mut errors = Vec::new();
+    let mut found = unused_build_args(file, request);
     for result in evaluated {
-        match result {
-            Ok(platform) => platforms.push(platform),
-            Err(found) => errors.extend(found.into_iter().filter(|error| !errors.contains(error)).collect::<Vec<_>>()),
+        let more = match result {
+            Ok(mut platform) => {
+                let more = std::mem::take(&mut platform.found);
+                platforms.push(platform);
+                more
+            }
+            Err(errors) => errors,
+        };
+        for diagnostic in more {
+            if !found.contains(&diagnostic) {
+                found.push(diagnostic);
+            }
         }
     }
-    if !errors.is_empty() {
-        return Err(errors);
-    }
-    let mut warnings = unused_build_args(file, request);
-    for warning in platforms.iter().flat_map(|platform| &platform.warnings) {
-        if !warnings.contains(warning) {
-            warnings.push(warning.clone());
-        }
-    }
-    if warnings.iter().any(Diagnostic::is_error) {
-        return Err(warnings);
-    }
-    let answers = write::Answers::ask(&platforms, sources).await?;
-    Ok(write::plan(file, request, platforms, &answers, warnings))
+    (platforms, found)
+}
+
+fn target(request: &Request) -> Option<&str> {
+    request.target.as_deref().filter(|name| !name.is_empty())
+}
+
+/// `TARGETSTAGE`: as it was asked for, or the name of the last stage.
+pub(crate) fn target_name(file: &Dockerfile, request: &Request) -> String {
+    let last = || file.stages.last().and_then(|stage| stage.name()).unwrap_or_default();
+    target(request).map_or_else(last, str::to_owned)
 }
 
 /// All stages of one platform, evaluated.
@@ -73,7 +114,8 @@ pub(crate) struct Evaluation<'a> {
     pub order: Vec<usize>,
     /// By state; `None` where the target does not need it.
     pub evaluated: Vec<Option<Evaluated>>,
-    pub warnings: Vec<Diagnostic>,
+    /// Warnings and errors.
+    pub found: Vec<Diagnostic>,
 }
 
 async fn one_platform<'a>(
@@ -81,16 +123,18 @@ async fn one_platform<'a>(
     request: &'a Request,
     target_platform: &Platform,
     sources: &impl Sources,
+    wanted: Wanted,
 ) -> Result<Evaluation<'a>, Vec<Diagnostic>> {
-    let last = file.stages.last().and_then(|stage| stage.name()).unwrap_or_default();
-    let target_name = request.target.clone().filter(|name| !name.is_empty()).unwrap_or(last);
-    let arguments =
-        scope::platform_arguments(&request.build_platform, target_platform, &target_name, &request.build_args);
+    let name = target_name(file, request);
+    let arguments = scope::platform_arguments(&request.build_platform, target_platform, &name, &request.build_args);
     let globals = scope::globals(file, arguments, &request.build_args).map_err(|error| vec![error])?;
-    let mut warnings = Vec::new();
-    let mut stages = Stages::new(file, request, target_platform, &globals, &mut warnings)?;
+    let mut found = Vec::new();
+    let mut stages = Stages::new(file, request, target_platform, &globals, &mut found)?;
     let target = stages.target()?;
-    let order = stages.resolve(target, sources).await?;
+    let order = match wanted {
+        Wanted::Target => stages.resolve(&[target], sources).await?,
+        Wanted::All => stages.resolve(&(0..file.stages.len()).collect::<Vec<_>>(), sources).await?,
+    };
     let mut evaluation = Evaluation {
         globals,
         target_platform: target_platform.clone(),
@@ -98,16 +142,15 @@ async fn one_platform<'a>(
         stages,
         target,
         order,
-        warnings,
+        found,
     };
-    evaluation.evaluate(file, request)?;
+    evaluation.evaluate(file, request);
     Ok(evaluation)
 }
 
 impl<'a> Evaluation<'a> {
-    fn evaluate(&mut self, file: &'a Dockerfile, request: &'a Request) -> Result<(), Vec<Diagnostic>> {
+    fn evaluate(&mut self, file: &'a Dockerfile, request: &'a Request) {
         let mut evaluated = std::mem::take(&mut self.evaluated);
-        let mut errors = Vec::new();
         let mut found = Vec::new();
         let shared = self.shared(file, request);
         for &index in &self.order {
@@ -123,12 +166,11 @@ impl<'a> Evaluation<'a> {
                     evaluated[index] = Some(done);
                     found.extend(warnings);
                 }
-                Err(more) => errors.extend(more),
+                Err(errors) => found.extend(errors),
             }
         }
         self.evaluated = evaluated;
-        self.warnings.extend(found);
-        if errors.is_empty() { Ok(()) } else { Err(errors) }
+        self.found.extend(found);
     }
 
     /// Whether a state is wanted as a whole: of a named context that is files, steps read just what they name.

@@ -1,6 +1,7 @@
 //! `forge build`: flags to a request, a request to a plan, a plan to images, images to where they were asked for.
 
 mod assemble;
+mod call;
 mod context;
 pub mod flags;
 mod output;
@@ -18,6 +19,7 @@ use forge_solver::graph::{self, NodeId};
 use forge_solver::{Fresh, Options, Solver};
 
 use self::assemble::BuiltImage;
+use self::call::{Answer, Call, GraphFormat, Question};
 use self::context::BuildContext;
 use self::output::{Delivery, Output};
 use self::report::{Failed, Source};
@@ -115,9 +117,22 @@ pub struct Arguments {
     /// How many steps may run at once [default: the number of processors]
     #[arg(short, long, value_name = "N")]
     jobs: Option<std::num::NonZeroUsize>,
-    /// Judge the Dockerfile and build nothing
-    #[arg(long)]
+    /// Ask something of the Dockerfile instead of building it: `check` (its checks, of all stages without --target),
+    /// `outline` (what the target can be given), `targets` (its stages); `check,format=sarif` is for editors and code hosts
+    #[arg(
+        long,
+        value_name = "build|check|outline|targets[,format=json]",
+        default_value = "build",
+        hide_default_value = true
+    )]
+    call: Call,
+    /// Judge the Dockerfile and build nothing: --call=check
+    #[arg(long, conflicts_with = "call")]
     check: bool,
+    /// Print the plan, each step after what it reads, and build nothing; pictures: --print-graph=dot | dot -Tsvg
+    #[arg(long, value_name = "text|json|dot", num_args = 0..=1, require_equals = true, default_missing_value = "text",
+        hide_possible_values = true)]
+    print_graph: Option<GraphFormat>,
     /// Accepted for buildx's sake and without effect: forge attaches no attestations by itself
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
     provenance: Option<String>,
@@ -166,24 +181,32 @@ async fn interrupted() -> Failed {
 }
 
 /// What a finished build has to say.
-pub struct Done {
-    image: String,
-    metadata: serde_json::Value,
+pub enum Done {
+    Built {
+        image: String,
+        metadata: serde_json::Value,
+    },
+    /// To `--call` or `--print-graph`.
+    Answered(Answer),
 }
 
 impl Done {
     fn print(self, arguments: &Arguments) -> Result {
+        let (image, metadata) = match self {
+            Done::Built { image, metadata } => (image, metadata),
+            Done::Answered(answer) => return answer.print(),
+        };
         if let Some(file) = &arguments.iidfile {
-            std::fs::write(file, &self.image).doing(format_args!("write {}", file.display()))?;
+            std::fs::write(file, &image).doing(format_args!("write {}", file.display()))?;
         }
         if let Some(file) = &arguments.metadata_file {
-            let text = serde_json::to_string_pretty(&self.metadata).doing("print the metadata")?;
+            let text = serde_json::to_string_pretty(&metadata).doing("print the metadata")?;
             std::fs::write(file, text + "\n").doing(format_args!("write {}", file.display()))?;
         }
         // With an output on stdout the id would spoil it.
-        match output::on_stdout(&arguments.outputs) || arguments.check {
+        match output::on_stdout(&arguments.outputs) {
             true => Ok(()),
-            false => print(self.image),
+            false => print(image),
         }
     }
 }
@@ -200,23 +223,28 @@ impl Build<'_> {
         let Build { arguments, world, events } = self;
         let (context, source) = self.open().await?;
         let (file, mut diagnostics) = forge_frontend::parse(&source.text);
-        source.fail_on_errors(&diagnostics)?;
         let request = flags::request(arguments, &context)?;
         let sources = Arc::new(BuildSources::new(world, context, arguments.pull, events.clone())?);
+        let call = if arguments.check { Call::CHECK } else { arguments.call };
+        if let Some(method) = call.method {
+            let question = Question { method, call, source: &source, file: &file, request: &request };
+            return question.answer(diagnostics, sources.as_ref()).await.map(Done::Answered);
+        }
+        source.fail_on_errors(&diagnostics)?;
         let planned = forge_frontend::plan(&file, &request, sources.as_ref()).await;
         let plan = planned.map_err(|problems| source.failed(&problems))?;
         diagnostics.extend(plan.warnings.iter().cloned());
-        if arguments.check {
-            return source.check(&diagnostics);
-        }
         source.warn(&diagnostics, events);
+        if let Some(format) = arguments.print_graph {
+            return Ok(Done::Answered(call::graph(&plan, format)));
+        }
         flags::entitled(&plan.graph, arguments)?;
         let snapshots = self.solve(&plan, &sources, &source).await?;
         let images = assemble::images(world, &plan, &snapshots, &request, events).await?;
         let metadata = Delivery { world, images: &images, sources: &sources, events }.write(outputs).await?;
         sources.save();
         world.store.settle()?;
-        Ok(Done { image: BuiltImage::id(&images), metadata })
+        Ok(Done::Built { image: BuiltImage::id(&images), metadata })
     }
 
     async fn open(&self) -> Result<(BuildContext, Source), Failed> {

@@ -277,7 +277,7 @@ impl<'a> Stages<'a> {
 
     /// The stage to build: the last, or the one that was asked for.
     pub fn target(&self) -> Result<usize> {
-        let Some(name) = self.request.target.as_deref().filter(|name| !name.is_empty()) else {
+        let Some(name) = super::target(self.request) else {
             return self.stages.checked_sub(1).ok_or_else(|| vec![no_stages()]);
         };
         self.names.get(&name.to_lowercase()).copied().ok_or_else(|| {
@@ -293,33 +293,38 @@ impl<'a> Stages<'a> {
         })
     }
 
-    /// What the target needs, each after all that it needs itself.
-    pub fn order(&self, target: usize) -> Vec<usize> {
+    /// The wanted states and what they need, each after all that it needs itself.
+    fn order(&self, wanted: &[usize]) -> Vec<usize> {
         let mut order = Vec::new();
         let mut seen = vec![false; self.states.len()];
-        let mut path = vec![(target, 0)];
-        seen[target] = true;
-        while let Some((at, next)) = path.last_mut() {
-            match self.states[*at].needs.get(*next) {
-                Some(&(need, _)) => {
-                    *next += 1;
-                    if !std::mem::replace(&mut seen[need], true) {
-                        path.push((need, 0));
+        for &first in wanted {
+            if std::mem::replace(&mut seen[first], true) {
+                continue;
+            }
+            let mut path = vec![(first, 0)];
+            while let Some((at, next)) = path.last_mut() {
+                match self.states[*at].needs.get(*next) {
+                    Some(&(need, _)) => {
+                        *next += 1;
+                        if !std::mem::replace(&mut seen[need], true) {
+                            path.push((need, 0));
+                        }
                     }
-                }
-                None => {
-                    order.push(*at);
-                    path.pop();
+                    None => {
+                        order.push(*at);
+                        path.pop();
+                    }
                 }
             }
         }
         order
     }
 
-    /// Asks for the images that the target needs, all at once, and again for what their ONBUILD triggers add.
-    pub async fn resolve(&mut self, target: usize, sources: &impl Sources) -> Result<Vec<usize>> {
+    /// Asks for the images that the wanted states need, all at once, and again for what their ONBUILD triggers add.
+    /// Gives the states in the order in which they can be evaluated.
+    pub async fn resolve(&mut self, wanted: &[usize], sources: &impl Sources) -> Result<Vec<usize>> {
         loop {
-            let order = self.order(target);
+            let order = self.order(wanted);
             self.ask_for_images(&order, sources).await?;
             let mut errors = Vec::new();
             let mut added = false;

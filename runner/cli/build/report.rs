@@ -4,7 +4,7 @@ use forge_frontend::diagnostic::{self, Diagnostic, Lines, Severity};
 use forge_solver::event::{Events, StepId};
 use forge_solver::{ExecuteError, ExitStatus, SolveError, StepError};
 
-use super::{Done, Failure};
+use super::Failure;
 use crate::cli::error::chain;
 
 /// Why a build ended early.
@@ -46,7 +46,7 @@ impl Source {
         Failed::Diagnostics(text)
     }
 
-    fn render(&self, diagnostic: &Diagnostic) -> String {
+    pub fn render(&self, diagnostic: &Diagnostic) -> String {
         diagnostic::render(diagnostic, &self.name, &Lines::new(&self.text))
     }
 
@@ -58,21 +58,6 @@ impl Source {
             let rule = warning.rule.map(|rule| format!("{rule}: ")).unwrap_or_default();
             let message = format!("{rule}{} ({}:{line})", warning.message, self.name);
             events.send(&step, forge_solver::event::EventKind::Warning { message });
-        }
-    }
-
-    /// `--check`: everything in full, exit code 1 where there is something.
-    pub fn check(&self, diagnostics: &[Diagnostic]) -> Result<Done, Failed> {
-        match diagnostics {
-            [] => {
-                crate::cli::print("Check complete, no warnings found.").map_err(Failed::Told)?;
-                Ok(Done { image: String::new(), metadata: serde_json::Value::Null })
-            }
-            _ => {
-                let mut text: String = diagnostics.iter().map(|diagnostic| self.render(diagnostic)).collect();
-                text.push_str(&format!("Check complete, {} found.\n", count(diagnostics.len(), "warning")));
-                Err(Failed::Diagnostics(text))
-            }
         }
     }
 
@@ -112,13 +97,6 @@ impl Source {
         }
         text.push_str("--------------------\n");
         text
-    }
-}
-
-pub fn count(number: usize, noun: &str) -> String {
-    match number {
-        1 => format!("1 {noun}"),
-        _ => format!("{number} {noun}s"),
     }
 }
 
