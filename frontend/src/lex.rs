@@ -336,6 +336,31 @@ impl<'a> Lexer<'a> {
     }
 }
 
+/// `// syntax = image` at the top, or `{"syntax": "image"}`: files for other frontends name them so.
+pub fn other_syntax(text: &str) -> Option<Directive> {
+    let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
+    if rest.starts_with("#!") {
+        rest = rest.split_once('\n').map_or("", |(_, rest)| rest);
+    }
+    let start = text.len() - rest.len();
+    if rest.starts_with('{') {
+        let json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(rest).ok()?;
+        let value = json.get("syntax")?.as_str()?.to_owned();
+        return Some(Directive { value, span: Span::new(start, start + 1) });
+    }
+    let mut at = start;
+    for line in rest.split_inclusive('\n') {
+        let (key, value) = key_value(line.strip_prefix("//")?.trim_end())?;
+        let span = Span::new(at, at + line.trim_end().len());
+        match key.to_ascii_lowercase().as_str() {
+            "syntax" => return Some(Directive { value: value.to_owned(), span }),
+            "escape" | "check" => at += line.len(),
+            _ => return None,
+        }
+    }
+    None
+}
+
 /// `key = value` after the comment mark, as BuildKit's directives are written.
 pub(crate) fn key_value(text: &str) -> Option<(&str, &str)> {
     let (key, value) = text.split_once('=')?;

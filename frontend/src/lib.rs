@@ -127,7 +127,7 @@ pub struct Request {
     pub hosts: Vec<(String, String)>,
     /// `--shm-size`, `--ulimit`, proxies and limits: passed through to every RUN.
     pub unkeyed: Unkeyed,
-    /// `SOURCE_DATE_EPOCH`: the date of the image and its history, in seconds.
+    /// `SOURCE_DATE_EPOCH`: the date of the image and its history, in seconds. A plan's may come from the file.
     pub epoch: Option<i64>,
     /// The patterns of the ignore file, so that a COPY of an ignored file can be warned of.
     pub ignore: Vec<String>,
@@ -139,6 +139,8 @@ pub struct Plan {
     pub graph: Graph,
     /// One per platform, in the order asked for.
     pub images: Vec<PlannedImage>,
+    /// The request's, or what a global `ARG SOURCE_DATE_EPOCH=…` says.
+    pub epoch: Option<i64>,
     /// What planning found that is allowed and yet probably not meant; parsing has found its own.
     pub warnings: Vec<Diagnostic>,
 }

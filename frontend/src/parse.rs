@@ -11,7 +11,7 @@ use crate::instruction::{
     Argument, Code, CommandLine, Copy, Dockerfile, Healthcheck, Inline, Instruction, Kind, MountFlag, Onbuild, Pair,
     Run, Stage, Word,
 };
-use crate::lex::{self, Command, Json, Lexed, Line};
+use crate::lex::{self, Command, Directive, Directives, Json, Lexed, Line};
 use crate::lint::{self, Check};
 
 /// What instructions are called.
@@ -40,6 +40,14 @@ pub const INSTRUCTIONS: [&str; 18] = [
 ///
 /// A file with an error among the problems is not to be built.
 pub fn parse(text: &str) -> (Dockerfile, Vec<Diagnostic>) {
+    if let Some(syntax) = lex::other_syntax(text)
+        && !is_built_in(&syntax)
+    {
+        let directives = Directives { escape: '\\', syntax: Some(syntax.clone()), check: None };
+        let file = Dockerfile { directives, check: Check::default(), globals: Vec::new(), stages: Vec::new() };
+        let message = format!("the file is for the frontend {:?}, which is not built in", syntax.value);
+        return (file, vec![Diagnostic::error(syntax.span, message).hint("forge builds Dockerfiles alone")]);
+    }
     let Lexed { directives, lines, mut diagnostics } = lex::lex(text);
     let check = Check::from_directive(directives.check.as_ref(), &mut diagnostics);
     let mut file = Dockerfile { directives, check, globals: Vec::new(), stages: Vec::new() };
@@ -69,13 +77,18 @@ pub fn parse(text: &str) -> (Dockerfile, Vec<Diagnostic>) {
 /// `# syntax=` names a frontend image; docker's own is this one, of another there is only the name.
 fn foreign_syntax(file: &Dockerfile, diagnostics: &mut Vec<Diagnostic>) {
     let Some(syntax) = &file.directives.syntax else { return };
-    let image = syntax.value.split(' ').next().unwrap_or_default();
-    let name = image.strip_prefix("docker.io/").unwrap_or(image);
-    let name = name.split(['@', ':']).next().unwrap_or_default();
-    if !matches!(name, "docker/dockerfile" | "docker/dockerfile-upstream") {
+    if !is_built_in(syntax) {
+        let image = syntax.value.split(' ').next().unwrap_or_default();
         let message = format!("syntax {image:?} is not built in: the file is read as docker/dockerfile");
         diagnostics.push(Diagnostic::warning(syntax.span, message).hint("write `# syntax=docker/dockerfile:1`"));
     }
+}
+
+fn is_built_in(syntax: &Directive) -> bool {
+    let image = syntax.value.split(' ').next().unwrap_or_default();
+    let name = image.strip_prefix("docker.io/").unwrap_or(image);
+    let name = name.split(['@', ':']).next().unwrap_or_default();
+    matches!(name, "docker/dockerfile" | "docker/dockerfile-upstream")
 }
 
 fn place(file: &mut Dockerfile, instruction: Instruction, diagnostics: &mut Vec<Diagnostic>) {
@@ -306,11 +319,7 @@ impl Parser<'_> {
                 (_, Some(_)) => {
                     return Err(Diagnostic::error(self.span(&range), format!("{instruction} names can not be blank")));
                 }
-                (key, None) => {
-                    let message = format!("can't find = in {:?}", key.text);
-                    return Err(Diagnostic::error(key.span, message)
-                        .hint("each word must be of the form name=value; put a value with blanks in quotes"));
-                }
+                (key, None) => return Err(no_equals(&key)),
             }
         }
         Ok(pairs)
@@ -543,7 +552,9 @@ impl Parser<'_> {
             let message = format!("{name} isn't allowed as an ONBUILD trigger");
             return Err(Diagnostic::error(self.span(&inner.keyword), message));
         }
-        let mut source = self.line.text[range.clone()].to_owned();
+        self.trigger_form(&inner, &name)?;
+        // Blanks at its end included.
+        let mut source = self.line.text[range.start..].to_owned();
         for heredoc in &self.line.heredocs {
             source.push('\n');
             source.push_str(&heredoc.content);
@@ -552,7 +563,26 @@ impl Parser<'_> {
         Ok(Onbuild { source, instruction: self.trigger(range).map(Box::new) })
     }
 
-    /// Mistakes in a trigger are said, but hurt only the build that meets it.
+    /// What is wrong with the form of a trigger is refused at once, as BuildKit does.
+    fn trigger_form(&self, inner: &Command, name: &str) -> Result<()> {
+        let arguments = inner.arguments.clone();
+        match name {
+            "ENV" | "LABEL" => {
+                let words = lex::quoted_words(&self.line.text, arguments, self.escape);
+                if words.first().is_some_and(|(first, _)| !first.contains('=')) {
+                    return self.legacy_pair(inner, name).map(drop);
+                }
+                match words.iter().find(|(word, _)| !word.contains('=')) {
+                    Some((word, range)) => Err(no_equals(&Word { text: word.clone(), span: self.span(range) })),
+                    None => Ok(()),
+                }
+            }
+            "RUN" | "CMD" | "ENTRYPOINT" | "SHELL" | "COPY" | "ADD" | "VOLUME" => self.json(arguments).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Other mistakes in a trigger are said, but hurt only the build that meets it.
     fn trigger(&mut self, range: Range<usize>) -> Option<Instruction> {
         let before = self.diagnostics.len();
         let parsed = match self.statement(range) {
@@ -570,6 +600,11 @@ impl Parser<'_> {
         }
         parsed.filter(|_| sound)
     }
+}
+
+fn no_equals(word: &Word) -> Diagnostic {
+    Diagnostic::error(word.span, format!("can't find = in {:?}", word.text))
+        .hint("each word must be of the form name=value; put a value with blanks in quotes")
 }
 
 fn interval(word: Option<Word>) -> Result<i64> {

@@ -39,8 +39,13 @@ pub async fn plan(file: &Dockerfile, request: &Request, sources: &impl Sources) 
     if !errors.is_empty() {
         return Err(errors);
     }
+    let epoch = match (request.epoch, platforms.first()) {
+        (None, Some(platform)) => scope::epoch(file, &platform.globals).map_err(|error| vec![error])?,
+        (epoch, _) => epoch,
+    };
     let answers = write::Answers::ask(&platforms, sources).await?;
-    Ok(write::plan(file, request, platforms, &answers, warnings))
+    let (graph, images) = write::plan(file, request, platforms, &answers);
+    Ok(Plan { graph, images, epoch, warnings })
 }
 
 /// Judges what a build would make of a file; asks for base images, for no files and no remotes.
@@ -154,14 +159,13 @@ impl<'a> Evaluation<'a> {
         let mut found = Vec::new();
         let shared = self.shared(file, request);
         for &index in &self.order {
-            let state = &shared.stages.states[index];
-            let parent = match state.origin {
+            let parent = match shared.stages.states[index].origin {
                 // A parent that failed has said why.
                 Origin::State(parent) if evaluated[parent].is_none() => continue,
                 Origin::State(parent) => evaluated[parent].as_ref(),
                 _ => None,
             };
-            match state::evaluate(&shared, state, parent) {
+            match state::evaluate(&shared, index, parent) {
                 Ok((done, warnings)) => {
                     evaluated[index] = Some(done);
                     found.extend(warnings);

@@ -56,6 +56,14 @@ fn mistakes_and_what_to_write_instead() {
         ("FROM a\nHEALTHCHECK CMD\n", "missing command"),
         ("FROM a\nONBUILD ONBUILD RUN x\n", "2:9: error: ONBUILD isn't allowed as an ONBUILD trigger"),
         ("FROM a\nONBUILD FROM x\n", "FROM isn't allowed"),
+        // The form of a trigger is judged at once.
+        ("FROM a\nONBUILD ENV A\n", "2:9: error: ENV must have two arguments"),
+        ("FROM a\nONBUILD LABEL a=b c\n", "2:19: error: can't find = in \"c\""),
+        ("FROM a\nONBUILD CMD [1]\n", "2:13: error: when using JSON array syntax"),
+        // Files that say that they are for another frontend.
+        ("// syntax=other/frontend:1\nthings {\n}\n", "1:1: error: the file is for the frontend \"other/frontend:1\""),
+        ("#!/usr/bin/x\n{\"syntax\": \"a/b\",\n\"things\": [1]}\n", "2:1: error: the file is for the frontend \"a/b\""),
+        ("// syntax=docker/dockerfile:1\nFROM a\n", "1:1: error: unknown instruction: //"),
         ("# escape=x\nFROM a\n", "1:1: error: invalid escape character \"x\""),
         ("# escape=`\n# escape=`\nFROM a\n", "2:1: error: only one escape parser directive"),
         ("# check=foo=1\nFROM a\n", "invalid check option"),

@@ -80,7 +80,7 @@ fn an_entrypoint_drops_the_inherited_cmd_only() {
 #[test]
 fn stages_inherit_and_unneeded_ones_are_not_asked_about() {
     let text = "FROM debian:12 AS base\nENV A=1\nARG B=2\nRUN one\nFROM nothing AS unused\nCOPY missing /\n\
-                FROM base\nRUN two\nFROM BASE AS last\nCOPY --from=2 /a /a\nRUN three\n";
+                FROM base\nRUN two\nFROM base AS last\nCOPY --from=2 /a /a\nRUN three\n";
     let world = World::new();
     let (plan, _) = build(text, &request_of(""), &world);
     let plan = plan.unwrap();
@@ -339,12 +339,6 @@ fn tags_of_images_have_a_case_and_stages_have_none() {
 }
 
 #[test]
-fn forward_references_are_allowed() {
-    let plan = planned("FROM debian:12 AS a\nCOPY --from=b x y\nFROM scratch AS b\nCOPY x /\n", "target:a");
-    assert_eq!(history(&plan), ["+ COPY x y # buildkit"]);
-}
-
-#[test]
 fn platforms_share_a_graph() {
     let text = "FROM --platform=$BUILDPLATFORM debian:12 AS build\nARG TARGETARCH\nRUN cc $TARGETARCH\n\
                 FROM debian:12\nCOPY --from=build o /\nCOPY files /\n";
@@ -462,4 +456,61 @@ fn all_mistakes_of_a_plan_come_at_once() {
     let text = "FROM debian:12\nEXPOSE x\nSTOPSIGNAL y\nCOPY --chmod=z a b\n";
     let (result, _) = build(text, &request_of(""), &World::new());
     assert_eq!(result.unwrap_err().len(), 3);
+}
+
+/// What the errors of a plan say.
+fn refused(text: &str, words: &str) -> String {
+    let (result, _) = build(text, &request_of(words), &World::new());
+    rendered(text, &result.err().unwrap_or_else(|| panic!("planned: {text}")))
+}
+
+#[test]
+fn a_stage_is_read_only_when_it_is_above() {
+    for (text, expect) in [
+        (
+            "FROM debian:12 AS a\nCOPY --from=b /x /\nFROM debian:12 AS b\nFROM a\n",
+            "2:13: error: cannot copy from stage \"b\", it needs to be defined before current stage \"a\"",
+        ),
+        ("FROM debian:12 AS a\nCOPY --from=1 /x /\nFROM debian:12\nFROM a\n", "cannot copy from stage \"1\""),
+        (
+            "FROM debian:12 AS a\nRUN --mount=type=bind,from=b,target=/m x\nFROM debian:12 AS b\nFROM a\n",
+            "cannot mount from stage \"b\" to \"/m\"",
+        ),
+        // Of two stages by one name the last is meant, wherever it is.
+        (
+            "FROM debian:12 AS b\nFROM debian:12 AS a\nCOPY --from=b /x /\nFROM debian:12 AS b\nFROM a\n",
+            "cannot copy from stage \"b\"",
+        ),
+    ] {
+        assert!(refused(text, "").contains(expect), "{text}\n{}", refused(text, ""));
+    }
+    // A named context in its place is there before every stage, and what the target does not need is not judged.
+    planned("FROM debian:12 AS a\nCOPY --from=b /x /\nFROM nothing AS b\nFROM a\n", "files:b");
+    planned("FROM debian:12 AS a\nCOPY --from=b /x /\nFROM debian:12 AS b\n", "");
+}
+
+#[test]
+fn names_of_bases_are_taken_as_written() {
+    assert!(refused("FROM debian:12 AS Build\nFROM Build\n", "").contains("did you mean the stage `build`?"));
+    assert!(refused("FROM Scratch\n", "").contains("1:6: error: "));
+    planned("FROM debian:12 AS Build\nFROM scratch\nCOPY --from=BUILD /x /\n", "");
+    for from in ["$x", "a\\\\b", "${"] {
+        let text = format!("FROM debian:12\nCOPY --from={from} /x /\n");
+        assert!(refused(&text, "").contains("variable expansion is not supported for --from"), "{text}");
+    }
+}
+
+#[test]
+fn a_global_argument_can_date_the_build() {
+    let text = "ARG SOURCE_DATE_EPOCH=17\nFROM scratch\n";
+    assert_eq!(planned(text, "").epoch, Some(17));
+    assert_eq!(planned("FROM scratch\nARG SOURCE_DATE_EPOCH=17\n", "").epoch, None);
+    let error = refused("ARG SOURCE_DATE_EPOCH=today\nFROM scratch\n", "");
+    assert!(error.contains("1:1: error: invalid SOURCE_DATE_EPOCH: today"), "{error}");
+}
+
+#[test]
+fn triggers_are_kept_to_the_letter() {
+    let plan = planned("FROM scratch\nONBUILD RUN a \\\n  b  \nONBUILD\tCOPY <<E /x\n y\nE\n", "");
+    assert_eq!(plan.images[0].config.config.on_build, ["RUN a   b  ", "COPY <<E /x\n y\nE"]);
 }

@@ -12,7 +12,7 @@ mod sources;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use forge_frontend::Plan;
+use forge_frontend::{Plan, Request};
 use forge_snapshotter::SnapshotId;
 use forge_solver::event::{EventKind, Events, Outcome, StepId};
 use forge_solver::graph::{self, NodeId};
@@ -239,6 +239,7 @@ impl Build<'_> {
             return Ok(Done::Answered(call::graph(&plan, format)));
         }
         flags::entitled(&plan.graph, arguments)?;
+        let request = Request { epoch: plan.epoch, ..request };
         let snapshots = self.solve(&plan, &sources, &source).await?;
         let images = assemble::images(world, &plan, &snapshots, &request, events).await?;
         let metadata = Delivery { world, images: &images, sources: &sources, events }.write(outputs).await?;

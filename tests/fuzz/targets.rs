@@ -115,7 +115,7 @@ mod naive {
         Literal(char),
         One,
         Star,
-        /// `**` at the end.
+        /// `**` at the end, or before nothing but letters: moby takes `**.go` for whatever ends so.
         All,
         /// `**` or `**/` before something: nothing, or whole directories.
         Directories,
@@ -124,6 +124,11 @@ mod naive {
 
     pub fn parse(pattern: &str) -> Vec<Token> {
         let c: Vec<char> = pattern.chars().collect();
+        if let Some(letters) = pattern.strip_prefix("**").filter(|rest| !rest.starts_with('/'))
+            && !letters.contains(['*', '?', '[', '\\'])
+        {
+            return std::iter::once(Token::All).chain(letters.chars().map(Token::Literal)).collect();
+        }
         let mut tokens = Vec::new();
         let mut at = 0;
         while at < c.len() {
@@ -211,8 +216,14 @@ pub fn plan(text: &str) {
     if found.iter().any(Diagnostic::is_error) {
         return;
     }
+    forge_frontend::outline::targets(&file);
     let request = request(text.lines().next().and_then(|line| line.strip_prefix("#!")).unwrap_or_default());
     let world = World { triggers: triggers(text) };
+    let checked = forge_frontend::check(&file, &request, &world).now_or_never().expect("as planning");
+    let report = forge_frontend::report::Report { file: "Dockerfile", text, diagnostics: &checked };
+    report.lint_results();
+    report.sarif("0");
+    let outline = forge_frontend::outline::outline(&file, &request);
     match planned(&file, &request, &world) {
         Err(errors) => {
             assert!(errors.iter().any(Diagnostic::is_error), "a refusal has a reason");
@@ -220,6 +231,10 @@ pub fn plan(text: &str) {
         }
         Ok(plan) => {
             show(text, &plan.warnings);
+            assert!(outline.is_ok(), "what can be built can be asked about");
+            let nodes = forge_frontend::show::order(&plan).len();
+            assert_eq!(forge_frontend::show::text(&plan).lines().count(), nodes + plan.images.len());
+            forge_frontend::show::dot(&plan);
             assert_eq!(plan.images.len(), request.platforms.len().max(1));
             let again = planned(&file, &request, &world).expect("it was planned once");
             assert_eq!(names(&plan), names(&again));

@@ -209,6 +209,12 @@ fn local(builder: &Builder<'_>, line: &CopyLine, written: &[&str], inputs: &mut 
             let found = stages
                 .find(&from.text, true)
                 .ok_or_else(|| Diagnostic::error(from.span, format!("unknown stage {:?}", from.text)))?;
+            if !stages.readable(found, builder.index) {
+                let (name, own) = (&from.text, &builder.state.name);
+                let message =
+                    format!("cannot copy from stage {name:?}, it needs to be defined before current stage {own:?}");
+                return Err(Diagnostic::error(from.span, message).hint("move its FROM above this stage's"));
+            }
             match &stages.states[found].origin {
                 Origin::Files(name) if stages.states[found].instructions().next().is_none() => {
                     files(ContextName::Named(name.clone()))

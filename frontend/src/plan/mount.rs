@@ -231,6 +231,12 @@ fn input(builder: &Builder<'_>, options: &Options, source: &str) -> Result<Input
     }
     let found =
         stages.find(&options.from, false).ok_or_else(|| options.error(format!("unknown stage {:?}", options.from)))?;
+    if !stages.readable(found, builder.index) {
+        let (name, target) = (&options.from, &options.target);
+        let message =
+            format!("cannot mount from stage {name:?} to {target:?}, stage needs to be defined before current command");
+        return Err(options.error(message).hint("move its FROM above this stage's"));
+    }
     Ok(match &stages.states[found].origin {
         Origin::Files(name) if stages.states[found].instructions().next().is_none() => {
             context(ContextName::Named(name.clone()))

@@ -75,6 +75,20 @@ pub fn globals(
     Ok(scope)
 }
 
+/// The date that a global `ARG SOURCE_DATE_EPOCH` gives.
+pub fn epoch(file: &Dockerfile, globals: &Variables) -> Result<Option<i64>, Diagnostic> {
+    const NAME: &str = "SOURCE_DATE_EPOCH";
+    let Some((_, value)) = globals.iter().find(|(name, value)| name == NAME && !value.is_empty()) else {
+        return Ok(None);
+    };
+    let declares = |kind: &Kind| matches!(kind, Kind::Arg(arguments) if arguments.iter().any(|a| a.key.text == NAME));
+    let span = file.globals.iter().rev().find(|instruction| declares(&instruction.kind)).map(|found| found.code.span);
+    value.parse().map(Some).map_err(|_| {
+        Diagnostic::error(span.unwrap_or_default(), format!("invalid {NAME}: {value}"))
+            .hint("it is a number of seconds since 1970; no date is taken from contexts or stages")
+    })
+}
+
 /// The global scope of a build without any `--build-arg`.
 pub fn default_globals(file: &Dockerfile) -> Option<Variables> {
     let host = Platform::host();

@@ -70,6 +70,7 @@ pub struct Stages<'a> {
     stages: usize,
     request: &'a Request,
     target_platform: Platform,
+    expander: Expander,
 }
 
 type Result<T, E = Vec<Diagnostic>> = std::result::Result<T, E>;
@@ -89,6 +90,7 @@ impl<'a> Stages<'a> {
             stages: file.stages.len(),
             request,
             target_platform: target_platform.clone(),
+            expander: Expander::new(file.directives.escape),
         };
         let mut errors = Vec::new();
         for (index, stage) in file.stages.iter().enumerate() {
@@ -137,7 +139,8 @@ impl<'a> Stages<'a> {
         made.replaced = own.is_some();
         made.origin = match own {
             Some(origin) => origin,
-            None => match self.names.get(&base.to_lowercase()) {
+            // As written: stage names are lower case, so `FROM Base` means an image.
+            None => match self.names.get(&base) {
                 Some(parent) => Origin::State(*parent),
                 None => self.origin(&base, made.platform.as_ref(), stage.base.span)?,
             },
@@ -147,7 +150,7 @@ impl<'a> Stages<'a> {
 
     /// What a name that is no stage stands for.
     fn origin(&self, name: &str, platform: Option<&Platform>, span: Span) -> Result<Origin, Diagnostic> {
-        if name.eq_ignore_ascii_case("scratch") {
+        if name == "scratch" {
             return Ok(Origin::Scratch);
         }
         if let Some(origin) = self.named_context(name, platform) {
@@ -186,6 +189,12 @@ impl<'a> Stages<'a> {
     pub fn find(&self, name: &str, numbers: bool) -> Option<usize> {
         let by_number = || name.parse().ok().filter(|index| numbers && *index < self.stages);
         by_number().or_else(|| self.names.get(&name.to_lowercase()).or_else(|| self.externals.get(name)).copied())
+    }
+
+    /// Whether a state can be read by another: an image and what a named context replaced can always, a stage when it is above.
+    pub fn readable(&self, found: usize, from: usize) -> bool {
+        let state = &self.states[found];
+        found < from || state.stage.is_none() || state.replaced
     }
 
     /// Finds what the instructions of a state name, making states for what is no stage.
@@ -227,7 +236,7 @@ impl<'a> Stages<'a> {
             let hint = format!("there are {} stages, counted from 0", self.stages);
             return Err(Diagnostic::error(span, message).hint(hint));
         }
-        if numbers && variable(name) {
+        if numbers && self.expander.expand(name, &[][..]).map_or(true, |expansion| expansion.text != name) {
             return Err(Diagnostic::error(span, "variable expansion is not supported for --from")
                 .hint("define a stage `FROM $image AS name` and copy from that name"));
         }
@@ -410,10 +419,6 @@ fn state(stage: Option<&Stage>, code: Code, name: String, origin: Origin) -> Sta
 
 fn no_stages() -> Diagnostic {
     Diagnostic::error(Span::default(), "the file has no FROM")
-}
-
-fn variable(name: &str) -> bool {
-    name.contains('$')
 }
 
 /// A `FROM` line and the scope that it is read in.

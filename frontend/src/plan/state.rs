@@ -83,6 +83,7 @@ const HELD_BYTES_MAX: usize = 256 << 20;
 /// A stage in the making.
 pub struct Builder<'a> {
     pub shared: &'a Shared<'a>,
+    pub index: usize,
     pub state: &'a State<'a>,
     pub out: Evaluated,
     pub warnings: Vec<Diagnostic>,
@@ -97,11 +98,13 @@ pub type Result<T, E = Diagnostic> = std::result::Result<T, E>;
 /// Evaluates a state whose needs are evaluated already.
 pub fn evaluate<'a>(
     shared: &'a Shared<'a>,
-    state: &'a State<'a>,
+    index: usize,
     parent: Option<&Evaluated>,
 ) -> Result<(Evaluated, Vec<Diagnostic>), Vec<Diagnostic>> {
+    let state = &shared.stages.states[index];
     let mut builder = Builder {
         shared,
+        index,
         state,
         out: start(shared, state, parent),
         warnings: Vec::new(),

@@ -10,7 +10,7 @@ use super::stage::Origin;
 use super::state::{self, Evaluated, Input, Shared, Step, Work};
 use crate::diagnostic::{Diagnostic, Span};
 use crate::instruction::{Code, Dockerfile};
-use crate::{ContextName, Plan, PlannedHistory, PlannedImage, Remote, RemoteFiles, Request, SourceError, Sources};
+use crate::{ContextName, PlannedHistory, PlannedImage, Remote, RemoteFiles, Request, SourceError, Sources};
 
 /// What `Sources` said of contexts and remotes, each asked once.
 pub struct Answers {
@@ -91,8 +91,7 @@ pub fn plan(
     request: &Request,
     platforms: Vec<Evaluation<'_>>,
     answers: &Answers,
-    warnings: Vec<Diagnostic>,
-) -> Plan {
+) -> (Graph, Vec<PlannedImage>) {
     let mut graph = Graph::default();
     let mut images = Vec::new();
     for mut evaluation in platforms {
@@ -113,7 +112,7 @@ pub fn plan(
         let evaluated = evaluation.evaluated[evaluation.target].as_ref().expect("the target was evaluated");
         images.push(image(&evaluation, request, evaluated, written));
     }
-    Plan { graph, images, warnings }
+    (graph, images)
 }
 
 fn take_steps(evaluated: &mut Option<Evaluated>) -> Vec<Step> {
