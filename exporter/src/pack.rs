@@ -268,11 +268,15 @@ impl Work {
                 return Ok(encoding);
             }
         }
-        let catalog = self.store.catalog();
-        match catalog.recipe(&self.diff_id)? {
-            Some(recipe) => self.compress(&recipe),
-            None => Err(Error::LayerLost(self.diff_id.clone())),
+        let mut failed = Error::LayerLost(self.diff_id.clone());
+        for recipe in self.store.catalog().recipes(&self.diff_id)? {
+            match self.compress(&recipe) {
+                // What came from outside may have been written in another way; a snapshot made here gives what it gave.
+                Err(error @ (Error::Drifted { .. } | Error::LayerLost(_))) => failed = error,
+                result => return result,
+            }
         }
+        Err(failed)
     }
 
     /// `None` if the blob turns out to be another layer's.

@@ -496,18 +496,53 @@ mod tests {
         catalog.set_layer(&snapshot, &layer, None).unwrap();
         let layer = Layer { diff_id: diff_id.clone(), size_bytes: 2048, entries: 3 };
         assert_eq!(catalog.layer_of(&snapshot, None).unwrap(), Some(layer));
-        assert_eq!(catalog.recipe(&diff_id).unwrap(), Some(Recipe { snapshot, epoch: None }));
-        assert_eq!(catalog.recipe(&blob).unwrap(), None);
+        assert_eq!(catalog.recipes(&diff_id).unwrap(), [Recipe { snapshot, epoch: None }]);
+        assert_eq!(catalog.recipes(&blob).unwrap(), []);
+        assert_eq!(catalog.layer_size(&diff_id).unwrap(), Some(2048));
 
         let known = Encoding { media_type: "gzip".to_owned(), level: Some(6), blob: blob.clone(), size_bytes: 7 };
         catalog.add_encoding(&diff_id, &known).unwrap();
         catalog.add_encoding(&diff_id, &Encoding { level: None, ..known.clone() }).unwrap();
-        assert_eq!(catalog.encodings(&diff_id).unwrap(), [known]);
+        assert_eq!(catalog.encodings(&diff_id).unwrap(), std::slice::from_ref(&known));
+        // Of a layer that was never unpacked.
+        let (pulled, larger) =
+            (Digest::of("pulled"), Encoding { size_bytes: 70, blob: Digest::of("zstd"), ..known.clone() });
+        assert_eq!(catalog.layer_size(&pulled).unwrap(), None);
+        for encoding in [known, larger] {
+            catalog.add_encoding(&pulled, &encoding).unwrap();
+        }
+        assert_eq!(catalog.layer_size(&pulled).unwrap(), Some(70));
 
         catalog.add_origin(&blob, "docker.io", "library/app").unwrap();
         catalog.add_origin(&blob, "docker.io", "library/app").unwrap();
         let origins = [("docker.io".to_owned(), "library/app".to_owned())];
         assert_eq!(catalog.origins(&blob).unwrap(), origins);
+    }
+
+    /// The same COPY over two bases gives one layer. It must outlive either of its snapshots.
+    #[test]
+    fn a_layer_that_two_snapshots_give_outlives_one_of_them() {
+        let (_directory, store) = store();
+        let layer = Layer { diff_id: Digest::of("tar"), size_bytes: 2048, entries: 3 };
+        let snapshots = ["one", "two"].map(|name| {
+            let active = store.snapshots().prepare(None).unwrap();
+            std::fs::write(active.root().join(name), name).unwrap();
+            let id = SnapshotId(Digest::of(name));
+            store.snapshots().commit(active, id.clone()).unwrap();
+            store.catalog().set_layer(&id, &layer, None).unwrap();
+            id
+        });
+        for (gone, stays) in [(1, 0), (0, 1)] {
+            store.catalog().set_layer(&snapshots[gone], &layer, None).unwrap();
+            store.snapshots().remove(&snapshots[gone]).unwrap();
+            assert_eq!(store.catalog().layer_of(&snapshots[stays], None).unwrap().as_ref(), Some(&layer));
+            let recipe = Recipe { snapshot: snapshots[stays].clone(), epoch: None };
+            assert_eq!(store.catalog().recipes(&layer.diff_id).unwrap(), [recipe]);
+            let active = store.snapshots().prepare(None).unwrap();
+            std::fs::write(active.root().join("again"), "x").unwrap();
+            store.snapshots().commit(active, snapshots[gone].clone()).unwrap();
+            store.catalog().set_layer(&snapshots[gone], &layer, None).unwrap();
+        }
     }
 
     #[test]

@@ -30,11 +30,9 @@ const MIGRATIONS: &[&str] = &["
     CREATE TABLE cache (key TEXT PRIMARY KEY, snapshot TEXT NOT NULL, node TEXT, detail TEXT,
         created INTEGER NOT NULL, used INTEGER NOT NULL);
     CREATE INDEX cache_snapshot ON cache (snapshot);
-    CREATE TABLE layers (diff_id TEXT PRIMARY KEY, snapshot TEXT NOT NULL, epoch INTEGER NOT NULL,
-        size_bytes INTEGER NOT NULL);
-    CREATE INDEX layers_snapshot ON layers (snapshot);
-    CREATE TABLE changes (snapshot TEXT NOT NULL, epoch INTEGER NOT NULL, diff_id TEXT NOT NULL,
-        entries INTEGER NOT NULL, PRIMARY KEY (snapshot, epoch)) WITHOUT ROWID;
+    CREATE TABLE layers (snapshot TEXT NOT NULL, epoch INTEGER NOT NULL, diff_id TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL, entries INTEGER NOT NULL, PRIMARY KEY (snapshot, epoch)) WITHOUT ROWID;
+    CREATE INDEX layers_diff_id ON layers (diff_id);
     CREATE TABLE encodings (diff_id TEXT NOT NULL, media_type TEXT NOT NULL, level INTEGER, blob TEXT NOT NULL,
         size_bytes INTEGER NOT NULL, PRIMARY KEY (diff_id, media_type, blob));
     CREATE INDEX encodings_blob ON encodings (blob);

@@ -145,7 +145,7 @@ fn drop_dead_rows(store: &Store) -> Result<()> {
             transaction.execute("DELETE FROM pins WHERE session = ?", [dead])?;
         }
         transaction.execute("DELETE FROM snapshots WHERE boot IS NOT NULL AND boot <> ?", [boot_id()])?;
-        for table in ["cache", "layers", "changes"] {
+        for table in ["cache", "layers"] {
             let sql = format!("DELETE FROM {table} WHERE snapshot NOT IN (SELECT id FROM snapshots) AND snapshot <> ?");
             transaction.execute(&sql, [SnapshotId::scratch().0.as_str()])?;
         }
@@ -224,7 +224,7 @@ impl Facts {
                 pinned: pins.into_iter().filter(|(name, _)| alive(name)).map(|(_, snapshot)| snapshot).collect(),
                 indexes: rows(transaction, sql, |row| row.get(0))?,
                 encodings: rows(transaction, "SELECT diff_id, blob FROM encodings", pair)?,
-                layers: rows(transaction, "SELECT snapshot, diff_id FROM changes", pair)?,
+                layers: rows(transaction, "SELECT snapshot, diff_id FROM layers", pair)?,
                 blobs,
                 blob_horizon,
             })

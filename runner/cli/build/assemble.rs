@@ -68,9 +68,10 @@ fn assemble(store: &Store, image: &PlannedImage, root: &SnapshotId, epoch: Optio
     let layers = chain.par_iter().map(|info| diff_id(store, info, epoch)).collect::<Result<Vec<_>>>()?;
 
     let mut config = image.config.clone();
+    config.history = base.map(|base| base.config.history.clone()).unwrap_or_default();
+    account_for_layers(&mut config.history, base_diff_ids.len());
     config.rootfs.diff_ids = base_diff_ids;
     config.rootfs.diff_ids.extend(layers.iter().filter(|layer| layer.entries > 0).map(|layer| layer.diff_id.clone()));
-    config.history = base.map(|base| base.config.history.clone()).unwrap_or_default();
     let steps = chain
         .iter()
         .zip(&layers)
@@ -161,6 +162,44 @@ fn write_history(config: &mut ImageConfig, image: &PlannedImage, steps: &[Step],
     config.created = date;
 }
 
+/// Makes a base's history speak of every one of its layers and of no other. Some builders write none, and readers that go
+/// by it (docker's older forms do) would take our lines for the base's layers.
+fn account_for_layers(history: &mut Vec<History>, layers: usize) {
+    let spoken_of = history.iter().filter(|line| !line.empty_layer).count();
+    for line in history.iter_mut().rev().filter(|line| !line.empty_layer).take(spoken_of.saturating_sub(layers)) {
+        line.empty_layer = true;
+    }
+    let unknown = || History {
+        comment: Some("a layer of the base, which does not say how it was made".to_owned()),
+        ..History::default()
+    };
+    history.extend((spoken_of..layers).map(|_| unknown()));
+}
+
 fn date(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds).map(|time| time.to_string()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bases_history_speaks_of_each_of_its_layers() {
+        for (lines, layers, expect) in [
+            ("", 0, ""),
+            ("", 2, "++"),
+            ("+", 2, "++"),
+            ("-+-", 2, "-+-+"),
+            ("+-+", 2, "+-+"),
+            ("+-+", 1, "+--"),
+            ("++", 0, "--"),
+        ] {
+            let line = |sign| History { empty_layer: sign == '-', ..History::default() };
+            let mut history: Vec<History> = lines.chars().map(line).collect();
+            account_for_layers(&mut history, layers);
+            let found: String = history.iter().map(|line| if line.empty_layer { '-' } else { '+' }).collect();
+            assert_eq!(found, expect, "{lines} of {layers}");
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! A snapshot's changes as a tar are a function of the files and of one more thing: the epoch that times are clamped to
 //! (`SOURCE_DATE_EPOCH`). So a snapshot gives one layer for each epoch, and a layer remembers its own: whoever makes the tar
-//! again, a year later, for a push, gets the same bytes.
+//! again, a year later, for a push, gets the same bytes. Several snapshots may give one layer (the same COPY over two bases):
+//! as long as one of them is there, the layer can be made.
 
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -33,21 +34,15 @@ impl Catalog<'_> {
     pub fn set_layer(&self, snapshot: &SnapshotId, layer: &Layer, epoch: Option<i64>) -> Result<()> {
         let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let epoch = epoch.unwrap_or(NO_EPOCH);
-        self.database().transaction(|transaction| {
-            let sql = "INSERT OR REPLACE INTO layers (diff_id, snapshot, epoch, size_bytes) VALUES (?, ?, ?, ?)";
-            let values = params![layer.diff_id.as_str(), snapshot.0.as_str(), epoch, number(layer.size_bytes)];
-            transaction.prepare_cached(sql)?.execute(values)?;
-            let sql = "INSERT OR REPLACE INTO changes (snapshot, epoch, diff_id, entries) VALUES (?, ?, ?, ?)";
-            let values = params![snapshot.0.as_str(), epoch, layer.diff_id.as_str(), number(layer.entries)];
-            transaction.prepare_cached(sql)?.execute(values)?;
-            Ok(())
-        })
+        let sql =
+            "INSERT OR REPLACE INTO layers (snapshot, epoch, diff_id, size_bytes, entries) VALUES (?, ?, ?, ?, ?)";
+        let (size, entries) = (number(layer.size_bytes), number(layer.entries));
+        let values = params![snapshot.0.as_str(), epoch, layer.diff_id.as_str(), size, entries];
+        self.database().with(|connection| connection.prepare_cached(sql)?.execute(values).map(drop))
     }
 
     pub fn layer_of(&self, snapshot: &SnapshotId, epoch: Option<i64>) -> Result<Option<Layer>> {
-        let sql = "SELECT changes.diff_id, layers.size_bytes, changes.entries
-            FROM changes JOIN layers ON layers.diff_id = changes.diff_id
-            WHERE changes.snapshot = ? AND changes.epoch = ?";
+        let sql = "SELECT diff_id, size_bytes, entries FROM layers WHERE snapshot = ? AND epoch = ?";
         self.database().with(|connection| {
             let layer = |row: &Row| {
                 let number = |number: i64| number.unsigned_abs();
@@ -58,24 +53,25 @@ impl Catalog<'_> {
         })
     }
 
-    /// The size of a layer's tar, where it was ever here.
+    /// The size of a layer's tar; of one that was never unpacked, that of the largest form known.
     pub fn layer_size(&self, diff_id: &Digest) -> Result<Option<u64>> {
-        let sql = "SELECT size_bytes FROM layers WHERE diff_id = ?";
-        self.database().with(|connection| {
-            let size = connection.prepare_cached(sql)?.query_row([diff_id.as_str()], |row| row.get::<_, i64>(0));
-            Ok(size.optional()?.map(i64::unsigned_abs))
-        })
+        let sql = "SELECT coalesce((SELECT size_bytes FROM layers WHERE diff_id = ?1 LIMIT 1),
+            (SELECT max(size_bytes) FROM encodings WHERE diff_id = ?1))";
+        let size = self.database().with(|connection| {
+            connection.prepare_cached(sql)?.query_row([diff_id.as_str()], |row| row.get::<_, Option<i64>>(0))
+        })?;
+        Ok(size.map(i64::unsigned_abs))
     }
 
-    /// A snapshot whose changes give this layer.
-    pub fn recipe(&self, diff_id: &Digest) -> Result<Option<Recipe>> {
+    /// The snapshots whose changes give this layer.
+    pub fn recipes(&self, diff_id: &Digest) -> Result<Vec<Recipe>> {
         let sql = "SELECT snapshot, epoch FROM layers WHERE diff_id = ?";
         self.database().with(|connection| {
             let recipe = |row: &Row| {
                 let epoch = Some(row.get(1)?).filter(|epoch| *epoch != NO_EPOCH);
                 Ok(Recipe { snapshot: SnapshotId(digest(row, 0)?), epoch })
             };
-            connection.prepare_cached(sql)?.query_row([diff_id.as_str()], recipe).optional()
+            connection.prepare_cached(sql)?.query_map([diff_id.as_str()], recipe)?.collect()
         })
     }
 

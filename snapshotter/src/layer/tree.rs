@@ -43,7 +43,15 @@ pub(super) struct Tree {
 impl Tree {
     pub(super) fn open(path: &Path, marks: Option<Marks>, owned: bool) -> Result<Tree> {
         let root = Rc::new(fs::open(path, DIRECTORY, Mode::empty()).context("open directory", path)?);
-        Ok(Tree { path: path.to_owned(), root, marks, last: None, times: BTreeMap::new(), implied: HashMap::new(), owned })
+        Ok(Tree {
+            path: path.to_owned(),
+            root,
+            marks,
+            last: None,
+            times: BTreeMap::new(),
+            implied: HashMap::new(),
+            owned,
+        })
     }
 
     pub(super) fn root(&self) -> Directory {

@@ -441,7 +441,6 @@ fn delete_rows(transaction: &Transaction, id: &SnapshotId) -> Result<()> {
         "DELETE FROM pins WHERE snapshot = ?",
         "DELETE FROM cache WHERE snapshot = ?",
         "DELETE FROM layers WHERE snapshot = ?",
-        "DELETE FROM changes WHERE snapshot = ?",
     ] {
         transaction.prepare_cached(sql)?.execute([id.0.as_str()])?;
     }
